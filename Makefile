@@ -1,0 +1,47 @@
+# Everything that is done with a checkout.  It needs make, Python and, the first time, a
+# network: the tools, PostgreSQL among them, are Python packages that go into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help venv demo test lint types clean
+
+help: ## Tell what can be made (this)
+	@echo "make TARGET, where TARGET is one of"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/    \1\t\2/p' $(firstword $(MAKEFILE_LIST))
+
+venv: $(INSTALLED) ## Install walproto and its tools into .venv
+
+demo: $(INSTALLED) ## See a real standby follow a real primary through walproto
+	@$(BIN)/python -m tests.demo
+
+test: lint types ## Run all tests and checks
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## Check the style
+	$(BIN)/ruff check .
+
+types: $(INSTALLED) ## Check the types
+	$(BIN)/mypy
+
+clean: ## Remove all that was made, .venv too
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf _trial_temp* twisted/plugins/dropin.cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# Made anew when what to install changes.
+$(INSTALLED): $(wildcard setup.cfg pyproject.toml)
+	@command -v $(PYTHON) >/dev/null || { \
+	    echo "There is no $(PYTHON) here; name one with: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "walproto needs Python 3.11 or newer, and $(PYTHON) is" \
+	        "$$($(PYTHON) --version 2>&1); name another one with: make PYTHON=..." >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { \
+	    echo "$(PYTHON) cannot make a virtual environment;" \
+	        "on Debian that takes the package python3-venv." >&2; exit 1; }
+	@echo "Installing walproto and its tools into $(VENV) ..."
+	@$(BIN)/python -m pip install -qq -e '.[dev]'
+	@touch $@

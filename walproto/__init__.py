@@ -1,0 +1,45 @@
+"""A PostgreSQL WAL sender without a database.
+
+Data goes one way, and so does the reading order: bytes, messages, session, timeline, segments,
+producer, bytes.  A module imports only from those above it in this list:
+
+- :mod:`walproto.errors`: every error that a peer can be told of
+- :mod:`walproto.lsn`: positions in the WAL, names of its files
+- :mod:`walproto.wire.messages`: the frontend/backend messages, declared
+- :mod:`walproto.wire.replication`: what travels inside CopyData
+- :mod:`walproto.wire.framing`: bytes into messages
+- :mod:`walproto.wire.commands`: replication commands, parsed
+- :mod:`walproto.wal.pages`: WAL pages and records, declared
+- :mod:`walproto.wal.scan`: walks records, finds the end of WAL
+- :mod:`walproto.wal.segments`: the files, read
+- :mod:`walproto.timeline.history`: which timeline follows which
+- :mod:`walproto.timeline.replicas`: who streams, and how far they are
+- :mod:`walproto.timeline.interfaces`: what a session needs of a timeline
+- :mod:`walproto.timeline.survey`: a first look at a directory
+- :mod:`walproto.timeline.tail`: the end of WAL, followed
+- :mod:`walproto.timeline.proofs`: older WAL, proven before it is sent
+- :mod:`walproto.timeline.watch`: tells when a directory changes
+- :mod:`walproto.timeline.directory`: a timeline that lives in a directory
+- :mod:`walproto.server.settings`: configuration parameters
+- :mod:`walproto.server.startup`: how a connection begins
+- :mod:`walproto.server.authentication`: who may connect
+- :mod:`walproto.server.configuration`: what is served, and how
+- :mod:`walproto.server.answers`: what commands are answered
+- :mod:`walproto.server.events`: what a session deals with
+- :mod:`walproto.server.outputs`: what a session does
+- :mod:`walproto.server.session`: the state machine
+- :mod:`walproto.server.heartbeat`: wal_sender_timeout
+- :mod:`walproto.server.producer`: sends WAL
+- :mod:`walproto.server.protocol`: the connection
+- :mod:`walproto.tap`: ``twist walsender``
+
+To embed it, this much is needed: :class:`WalDirectory` and :class:`WalSenderFactory`; to bring a
+timeline or an authentication method of one's own, :class:`ITimeline` and :class:`IAuthenticator`.
+"""
+
+from walproto.server.authentication import IAuthenticator
+from walproto.server.protocol import WalSenderFactory
+from walproto.timeline.directory import WalDirectory
+from walproto.timeline.interfaces import ITimeline
+
+__all__ = ["IAuthenticator", "ITimeline", "WalDirectory", "WalSenderFactory"]

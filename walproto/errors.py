@@ -1,0 +1,112 @@
+"""Every error that a peer can be told of.
+
+One class for each SQLSTATE in use, named as PostgreSQL's ``errcodes.txt`` names its condition.
+Whoever finds something wrong raises one of these, with PostgreSQL's own words where it has some;
+:mod:`walproto.server.protocol` turns it into an ErrorResponse, there and nowhere else.  So an
+error of ours is never a traceback, and a traceback is always a defect.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ReportedError(Exception):
+    """An error as an ErrorResponse carries it.
+
+    ``message`` is the primary message, ``detail`` and ``hint`` are its optional second and third
+    sentence.  With ``fatal`` the connection ends behind it (severity FATAL); without, the command
+    does (severity ERROR) and the connection is ready for the next one.  ``log`` is what the
+    operator reads beside it where that is more than the peer may know: which file, what to do.
+
+    PostgreSQL documentation: "Error and Notice Message Fields"; "PostgreSQL Error Codes".
+    """
+
+    sqlstate: ClassVar[str] = "XX000"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        detail: str | None = None,
+        hint: str | None = None,
+        fatal: bool = False,
+        log: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.detail = detail
+        self.hint = hint
+        self.fatal = fatal
+        self.log = log
+
+    @property
+    def severity(self) -> str:
+        """``ERROR`` or ``FATAL``."""
+        return "FATAL" if self.fatal else "ERROR"
+
+
+class ProtocolViolation(ReportedError):
+    sqlstate = "08P01"
+
+
+class FeatureNotSupported(ReportedError):
+    sqlstate = "0A000"
+
+
+class InvalidParameterValue(ReportedError):
+    sqlstate = "22023"
+
+
+class InvalidAuthorizationSpecification(ReportedError):
+    sqlstate = "28000"
+
+
+class CommandSyntaxError(ReportedError):
+    """``syntax_error``; not called so, because Python has a SyntaxError of its own."""
+
+    sqlstate = "42601"
+
+
+class UndefinedObject(ReportedError):
+    sqlstate = "42704"
+
+
+class ConfigurationLimitExceeded(ReportedError):
+    sqlstate = "53400"
+
+
+class ObjectNotInPrerequisiteState(ReportedError):
+    sqlstate = "55000"
+
+
+class CantChangeRuntimeParam(ReportedError):
+    sqlstate = "55P02"
+
+
+class QueryCanceled(ReportedError):
+    sqlstate = "57014"
+
+
+class AdminShutdown(ReportedError):
+    sqlstate = "57P01"
+
+
+class CannotConnectNow(ReportedError):
+    sqlstate = "57P03"
+
+
+class IoError(ReportedError):
+    sqlstate = "58030"
+
+
+class UndefinedFile(ReportedError):
+    sqlstate = "58P01"
+
+
+class InternalError(ReportedError):
+    sqlstate = "XX000"
+
+
+class DataCorrupted(ReportedError):
+    sqlstate = "XX001"

@@ -1,0 +1,1 @@
+"""One connection: what a client says, what it is answered, and the WAL it is sent."""

@@ -1,0 +1,40 @@
+"""Who may connect: the place for authentication methods, and the one there is, trust.
+
+A method is a generator function.  It yields each message that the client is to be sent, is sent
+the contents of the client's answer back, and returns when the client is who it says it is::
+
+    def authenticate(self, startup, peer):
+        answer = yield AuthenticationCleartextPassword.build()
+        if not self.is_password(startup.user, answer):
+            raise InvalidPassword(...)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+from zope.interface import Interface, implementer
+
+from walproto.server.startup import Startup
+
+Exchange = Generator[bytes, bytes, None]
+
+
+class IAuthenticator(Interface):
+    """Decides whether a client may connect."""
+
+    def authenticate(startup: Startup, peer: str) -> Exchange:
+        """The exchange with a client that asks for ``startup`` from ``peer``.
+
+        The generator yields messages, gets the contents of PasswordMessages, and returns when all
+        is well; AuthenticationOk follows by itself.  It raises a FATAL ReportedError to refuse.
+        """
+
+
+@implementer(IAuthenticator)
+class Trust:
+    """Everybody is who they say they are (``trust`` in ``pg_hba.conf``)."""
+
+    def authenticate(self, startup: Startup, peer: str) -> Exchange:
+        return
+        yield b""

@@ -1,0 +1,90 @@
+"""What a session deals with: what can happen to it, and what it has done for it.
+
+The session itself, in :mod:`walproto.server.session`, knows nothing of transports and clocks; these
+two interfaces are all that stands between it and them.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from walproto.errors import ReportedError
+from walproto.server.startup import Cancellation, EncryptionRequest, Startup
+from walproto.timeline.replicas import Replica
+
+
+class Events(Protocol):
+    """What can happen to a session.
+
+    The first four are of the startup phase.  Then come the frontend messages, each with its type
+    byte and contents; Parse, Bind, Describe, Execute and Close are one event, as they are one to
+    us.  The rest comes from inside.
+    """
+
+    def encryption_requested(self, request: EncryptionRequest) -> None: ...
+    def cancel_requested(self, request: Cancellation) -> None: ...
+    def startup_received(self, startup: Startup) -> None: ...
+    def authenticated(self) -> None: ...
+
+    def query(self, tag: bytes, contents: bytes) -> None: ...
+    def sync(self, tag: bytes, contents: bytes) -> None: ...
+    def flush(self, tag: bytes, contents: bytes) -> None: ...
+    def copy_data(self, tag: bytes, contents: bytes) -> None: ...
+    def copy_done(self, tag: bytes, contents: bytes) -> None: ...
+    def copy_fail(self, tag: bytes, contents: bytes) -> None: ...
+    def terminate(self, tag: bytes, contents: bytes) -> None: ...
+    def password(self, tag: bytes, contents: bytes) -> None: ...
+    def extended_query(self, tag: bytes, contents: bytes) -> None: ...
+    def function_call(self, tag: bytes, contents: bytes) -> None: ...
+
+    def streaming_started(self, tli: int, start_lsn: int) -> None: ...
+    def timeline_ended(self) -> None: ...
+    def replica_confirmed(self) -> None: ...
+    def failed(self, error: ReportedError) -> None: ...
+    def failed_fatally(self, error: ReportedError) -> None: ...
+    def cancelled(self) -> None: ...
+    def timed_out(self) -> None: ...
+    def shutdown_requested(self) -> None: ...
+    def connection_lost(self) -> None: ...
+
+
+class Connection(Protocol):
+    """What a session has done for it."""
+
+    peer: str
+    pid: int
+
+    def write(self, data: bytes) -> None:
+        """Send ``data`` behind all that was sent before."""
+
+    def new_key(self, length: int) -> bytes:
+        """Make up this connection's cancel key, of so many bytes."""
+
+    def cancel(self, request: Cancellation) -> None:
+        """Cancel what another connection does, if the key is right."""
+
+    def start_sending(self, replica: Replica, timeout: float) -> None:
+        """The client is ``replica`` from now on: send CopyBothResponse, then WAL from
+        ``replica.sent_lsn`` on.  ``timeline_ended`` or ``failed`` may come of it, and
+        ``timed_out`` when the replica is silent for ``timeout`` seconds, unless that is 0."""
+
+    def stop_sending(self) -> None:
+        """Send no more WAL; the client is still a replica, and its messages are awaited."""
+
+    def finish_sending(self) -> None:
+        """Send all there is, ask for confirmation; ``replica_confirmed`` comes of it."""
+
+    def end_replica(self) -> None:
+        """Send no more WAL, the client is no replica any longer; nothing if it was none."""
+
+    def replica_heard(self, reply_requested: bool) -> None:
+        """The replica is alive, and wants a keepalive at once or not."""
+
+    def report(self, error: ReportedError) -> None:
+        """Tell the operator of an error that the client is told of."""
+
+    def note(self, text: str) -> None:
+        """Tell the operator what becomes of the connection."""
+
+    def close(self) -> None:
+        """Close the connection when all is sent."""

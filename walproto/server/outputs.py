@@ -1,0 +1,303 @@
+"""What a session does when something happens: the outputs of its state machine.
+
+Each is a function of the machine's events, the session, and what the event came with.  Those that
+may find something wrong raise a :class:`~walproto.errors.ReportedError`, which becomes an event
+too.  Which of them runs when, the table in :mod:`walproto.server.session` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
+
+from walproto.errors import (
+    AdminShutdown,
+    CannotConnectNow,
+    FeatureNotSupported,
+    InternalError,
+    ObjectNotInPrerequisiteState,
+    ProtocolViolation,
+    QueryCanceled,
+    ReportedError,
+)
+from walproto.lsn import format_lsn
+from walproto.server.answers import (
+    READY_FOR_QUERY,
+    Answers,
+    command_complete,
+    end_of_stream,
+    error_response,
+)
+from walproto.server.configuration import parse_version
+from walproto.server.events import Events
+from walproto.server.startup import Cancellation, EncryptionRequest, Startup, unsupported_version
+from walproto.timeline.replicas import Replica
+from walproto.wire import messages
+from walproto.wire.commands import IdentifySystem, StartReplication, parse_command
+from walproto.wire.replication import StatusUpdate, parse_standby_message
+
+if TYPE_CHECKING:
+    from walproto.server.session import Session
+
+P = ParamSpec("P")
+
+
+def telling_errors(
+    output: Callable[Concatenate[Events, Session, P], None],
+) -> Callable[Concatenate[Events, Session, P], None]:
+    """An output whose errors become events, so that the client is told of them."""
+
+    def telling(events: Events, session: Session, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            output(events, session, *args, **kwargs)
+        except ReportedError as error:
+            session.fail(error)
+
+    return telling
+
+
+def ignore(events: Events, session: Session, /, *_: Any, **__: Any) -> None:
+    pass
+
+
+# --- Starting up ---------------------------------------------------------------------------------
+
+
+@telling_errors
+def refuse_encryption(events: Events, session: Session, request: EncryptionRequest) -> None:
+    if request.code in session.encryption_refused:
+        raise unsupported_version(request.code, session.configuration.newest_protocol_version)
+    session.encryption_refused.add(request.code)
+    session.connection.write(b"N")
+    if len(session.framing):
+        raise ProtocolViolation(
+            f"received unencrypted data after {request.name} request",
+            detail="This could be either a client-software bug or evidence of an attempted "
+            "man-in-the-middle attack.",
+            fatal=True,
+        )
+
+
+def pass_cancellation_on(events: Events, session: Session, request: Cancellation) -> None:
+    session.connection.cancel(request)
+    close(events, session)
+
+
+@telling_errors
+def begin_authentication(events: Events, session: Session, startup: Startup) -> None:
+    session.is_starting = False
+    session.startup = startup
+    session.connection.write(startup.negotiation)
+    session.timeline.require_ready()
+    authenticator = session.configuration.authenticator
+    session.exchange = authenticator.authenticate(startup, session.connection.peer)
+    _authenticate(events, session, lambda: next(session.exchange))
+
+
+@telling_errors
+def go_on_with_authentication(
+    events: Events, session: Session, tag: bytes, contents: bytes
+) -> None:
+    _authenticate(events, session, lambda: session.exchange.send(contents))
+
+
+def _authenticate(events: Events, session: Session, proceed: Callable[[], bytes]) -> None:
+    try:
+        session.connection.write(proceed())
+    except StopIteration:
+        events.authenticated()
+
+
+@telling_errors
+def refuse_unauthenticated(events: Events, session: Session, tag: bytes, contents: bytes) -> None:
+    raise ProtocolViolation(f"expected password response, got message type {tag[0]}", fatal=True)
+
+
+@telling_errors
+def greet(events: Events, session: Session) -> None:
+    startup, connection = session.startup, session.connection
+    connection.write(messages.AuthenticationOk.build())
+    if not startup.replication:
+        raise FeatureNotSupported(
+            "this server accepts only physical replication connections",
+            detail="There is no database behind it.",
+            hint="Connect with replication=true in the connection string.",
+            fatal=True,
+        )
+    session.settings = settings = session.configuration.settings(startup.user)
+    settings.set_options(startup.options)
+    for name, value in startup.parameters:
+        settings.set(name, value)
+    session.major, _ = parse_version(session.configuration.advertised_version)
+    session.answers = Answers(session.timeline, settings, session.major)
+    for name, value in settings.reported():
+        connection.write(messages.ParameterStatus.build(name=name, value=value))
+    key = connection.new_key(32 if startup.long_keys else 4)
+    connection.write(messages.BackendKeyData.build(process_id=connection.pid, secret_key=key))
+    connection.write(READY_FOR_QUERY)
+    session.is_greeted = True
+
+
+# --- Commands ------------------------------------------------------------------------------------
+
+
+@telling_errors
+def answer_query(events: Events, session: Session, tag: bytes, contents: bytes) -> None:
+    if b"\0" not in contents:
+        raise ProtocolViolation("invalid string in message")
+    command = parse_command(messages.Query.parse(contents).query, session.major)
+    if isinstance(command, StartReplication):
+        _start_replication(events, session, command)
+        return
+    session.system_identified |= isinstance(command, IdentifySystem)
+    for part in session.answers.answer(command):
+        session.connection.write(part)
+    session.connection.write(READY_FOR_QUERY)
+
+
+def _start_replication(events: Events, session: Session, command: StartReplication) -> None:
+    if session.major < 15 and not session.system_identified:
+        raise ObjectNotInPrerequisiteState(
+            "IDENTIFY_SYSTEM has not been run before START_REPLICATION"
+        )
+    tli, switch_lsn = session.answers.stream(command)
+    if command.start_lsn == switch_lsn:
+        _tell_end_of_stream(session, tli)
+    else:
+        events.streaming_started(tli, command.start_lsn)
+
+
+@telling_errors
+def answer_sync(events: Events, session: Session, tag: bytes, contents: bytes) -> None:
+    messages.Sync.parse(contents)
+    session.connection.write(READY_FOR_QUERY)
+
+
+@telling_errors
+def refuse_extended_query(events: Events, session: Session, tag: bytes, contents: bytes) -> None:
+    error = ProtocolViolation("extended query protocol not supported in a replication connection")
+    session.connection.report(error)
+    session.connection.write(error_response(error))
+
+
+@telling_errors
+def refuse_function_call(events: Events, session: Session, tag: bytes, contents: bytes) -> None:
+    raise ProtocolViolation("fastpath function calls not supported in a replication connection")
+
+
+@telling_errors
+def refuse_password(events: Events, session: Session, tag: bytes, contents: bytes) -> None:
+    raise ProtocolViolation(f"invalid frontend message type {tag[0]}", fatal=True)
+
+
+# --- Streaming -----------------------------------------------------------------------------------
+
+
+@telling_errors
+def begin_stream(events: Events, session: Session, tli: int, start_lsn: int) -> None:
+    session.replica = Replica(
+        pid=session.connection.pid,
+        user=session.startup.user,
+        application_name=session.settings["application_name"],
+        peer=session.connection.peer,
+        tli=tli,
+        sent_lsn=start_lsn,
+    )
+    session.connection.start_sending(session.replica, session.settings.wal_sender_timeout)
+    end = session.timeline.end_of(tli)
+    if start_lsn > end:
+        raise InternalError(
+            f"requested starting point {format_lsn(start_lsn)} is ahead of the WAL flush "
+            f"position of this server {format_lsn(end)}"
+        )
+
+
+@telling_errors
+def hear_replica(events: Events, session: Session, tag: bytes, contents: bytes) -> None:
+    message = parse_standby_message(contents)
+    session.replica.update(message)
+    session.connection.replica_heard(isinstance(message, StatusUpdate) and message.reply_requested)
+
+
+@telling_errors
+def refuse_standby_message(events: Events, session: Session, tag: bytes, contents: bytes) -> None:
+    raise ProtocolViolation(f'invalid standby message type "{tag.decode("latin-1")}"', fatal=True)
+
+
+def send_copy_done(events: Events, session: Session) -> None:
+    session.connection.stop_sending()
+    session.connection.write(messages.CopyDone.build())
+
+
+def answer_copy_done(events: Events, session: Session, tag: bytes, contents: bytes) -> None:
+    send_copy_done(events, session)
+    end_stream(events, session, tag, contents)
+
+
+def end_stream(events: Events, session: Session, tag: bytes, contents: bytes) -> None:
+    session.connection.end_replica()
+    _tell_end_of_stream(session, session.replica.tli)
+
+
+def _tell_end_of_stream(session: Session, tli: int) -> None:
+    """Tell also which timeline goes on where this one ended, if it has ended."""
+    ancestor = session.timeline.history.ancestor(tli)
+    session.connection.write(
+        end_of_stream((ancestor.next_tli, ancestor.switch_lsn) if ancestor else None)
+    )
+
+
+def finish_sending(events: Events, session: Session) -> None:
+    session.connection.finish_sending()
+
+
+# --- Errors and ends -----------------------------------------------------------------------------
+
+
+def tell_error(events: Events, session: Session, error: ReportedError) -> None:
+    session.connection.end_replica()
+    session.connection.report(error)
+    session.connection.write(error_response(error) + READY_FOR_QUERY)
+
+
+def tell_and_close(events: Events, session: Session, error: ReportedError) -> None:
+    session.connection.end_replica()
+    session.connection.report(error)
+    session.connection.write(error_response(error))
+    close(events, session)
+
+
+def tell_cancellation(events: Events, session: Session) -> None:
+    tell_error(events, session, QueryCanceled("canceling statement due to user request"))
+
+
+def tell_end_and_close(events: Events, session: Session, /, *_: Any, **__: Any) -> None:
+    session.connection.end_replica()
+    session.connection.write(command_complete("COPY 0"))
+    close(events, session)
+
+
+def tell_shutdown_and_close(events: Events, session: Session) -> None:
+    error: ReportedError
+    if session.is_greeted:
+        error = AdminShutdown("terminating connection due to administrator command", fatal=True)
+    else:
+        error = CannotConnectNow("the database system is shutting down", fatal=True)
+    session.connection.end_replica()
+    session.connection.write(error_response(error))
+    close(events, session)
+
+
+def close(events: Events, session: Session, /, *_: Any, **__: Any) -> None:
+    session.is_closed = True
+    session.connection.end_replica()
+    session.connection.close()
+
+
+def close_on_timeout(events: Events, session: Session) -> None:
+    session.connection.note(
+        "terminating walsender process due to replication timeout"
+        if session.is_greeted
+        else "canceling authentication due to timeout"
+    )
+    close(events, session)

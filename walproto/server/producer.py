@@ -1,0 +1,251 @@
+"""Sends WAL: an IPushProducer over the segments.
+
+How the flow is controlled
+==========================
+
+A :class:`WalProducer` pushes pieces of WAL, each an XLogData in a CopyData, until one of four
+things holds it up:
+
+- *There is no more WAL.*  It observes the timeline, which calls it when there is.
+- *The client does not take it.*  Then the transport pauses it, and resumes it when all that was
+  held back is gone.  Meanwhile nothing is read or framed for this client: what it costs is the rest
+  of one piece.
+- *It has had its turn.*  After a burst of pieces the reactor goes on with the other connections
+  first.  So a client that catches up at full speed holds up the others for a millisecond at most.
+- *Somebody asked for a keepalive*, which goes out between two pieces; while the transport is
+  blocked it is only remembered, and however many are asked for, one is sent.
+
+The piece is read into a buffer that all producers share, its header packed in front of it, and on
+a bare TCP or Unix transport handed to the socket at once.  Only what the socket does not take goes
+to the transport's own buffer.  That is in order only as long as nothing is waiting in there; so
+whatever we do give to the transport, we wait until it is gone, by setting the transport's
+``producerPaused``, upon which it resumes us once its buffer is empty.  Under TLS, or any protocol
+that wraps another, bytes on the socket would go out in clear or out of order; there the
+transport's ``write`` is used for all.
+
+Clients that follow the tail all want the same piece at the same time.  The buffer remembers which
+one it holds, so that it is read once, and sent to all of them.
+"""
+
+from __future__ import annotations
+
+import socket
+from contextlib import suppress
+from typing import Protocol
+
+from twisted.internet import tcp
+from twisted.internet.interfaces import (
+    IDelayedCall,
+    IPushProducer,
+    IReactorTime,
+    ISSLTransport,
+    ITransport,
+)
+from zope.interface import implementer
+
+from walproto.errors import ReportedError
+from walproto.lsn import PAGE_SIZE
+from walproto.timeline.interfaces import ITimeline
+from walproto.timeline.replicas import Replica
+from walproto.wire.messages import CopyBothResponse
+from walproto.wire.replication import (
+    XLOG_DATA_HEADER,
+    keepalive,
+    pack_xlog_data_header,
+    postgres_time,
+)
+
+PIECE_SIZE = 8 * PAGE_SIZE
+"""Bytes of WAL in a message, at most.  PostgreSQL has 16 pages (MAX_SEND_SIZE); with half of that
+buffer and socket stay in the processor's cache."""
+
+BURST = 16
+"""Pieces that a client is sent before it is others' turn."""
+
+_HEADER_SIZE = XLOG_DATA_HEADER.size
+
+
+class Piece:
+    """The buffer for one message with WAL, shared by all producers of a timeline."""
+
+    def __init__(self, timeline: ITimeline) -> None:
+        self._timeline = timeline
+        self._buffer = bytearray(_HEADER_SIZE + PIECE_SIZE)
+        self._view = memoryview(self._buffer)
+        self._holds = (0, 0, 0)
+
+    def load(self, tli: int, start: int, end: int, wal_end: int, now: int) -> memoryview:
+        """The message with the WAL of ``tli`` from ``start`` to ``end``; valid until the next
+        call.  Raises a ReportedError if it cannot be read."""
+        size = end - start
+        if self._holds != (tli, start, end):
+            self._holds = (0, 0, 0)
+            self._timeline.read_into(tli, start, self._view[_HEADER_SIZE : _HEADER_SIZE + size])
+            self._holds = (tli, start, end)
+        pack_xlog_data_header(self._buffer, start, wal_end, now, size)
+        return self._view[: _HEADER_SIZE + size]
+
+
+class Listener(Protocol):
+    """Who is told what comes of sending."""
+
+    def timeline_ended(self) -> None:
+        """All WAL of a timeline that is not the current one (any longer) is sent."""
+
+    def failed(self, error: ReportedError) -> None:
+        """WAL cannot be sent on from here."""
+
+    def caught_up(self) -> None:
+        """While finishing: all there is has been sent."""
+
+
+@implementer(IPushProducer)
+class WalProducer:
+    """Sends a replica WAL, from its ``sent_lsn`` on, over a transport."""
+
+    def __init__(
+        self,
+        transport: ITransport,
+        timeline: ITimeline,
+        replica: Replica,
+        piece: Piece,
+        clock: IReactorTime,
+        listener: Listener,
+    ) -> None:
+        self._transport = transport
+        self._timeline = timeline
+        self._replica = replica
+        self._piece = piece
+        self._clock = clock
+        self._listener = listener
+        self._socket = _bare_socket(transport)
+        self._paused = False
+        self._stopped = False
+        self.is_finishing = False
+        """Whether the server shuts down, and only what there is will be sent."""
+        self._next_burst: IDelayedCall | None = None
+        self._keepalive_owed: bool | None = None
+
+    def start(self) -> None:
+        """Become the transport's producer, say CopyBothResponse and begin."""
+        self._transport.registerProducer(self, True)  # type: ignore[attr-defined]
+        self._write(CopyBothResponse.build())
+        self._timeline.add_observer(self._go_on)
+        self._schedule()
+
+    def finish(self) -> None:
+        """Have ``caught_up`` called, now or when it is so, and whenever there was more to send."""
+        self.is_finishing = True
+        self._schedule()
+
+    def stop(self) -> None:
+        """Send nothing more, and leave the transport to others."""
+        if not self._stopped:
+            self._transport.unregisterProducer()  # type: ignore[attr-defined]
+        self.stopProducing()
+
+    def send_keepalive(self, reply_requested: bool) -> None:
+        """Send a primary keepalive message, now or when the client takes something again."""
+        if self._paused:
+            self._keepalive_owed = bool(self._keepalive_owed) or reply_requested
+            return
+        self._keepalive_owed = None
+        self._write(keepalive(self._replica.sent_lsn, self._now(), reply_requested))
+
+    # --- IPushProducer, for the transport to call ------------------------------------------
+
+    def pauseProducing(self) -> None:
+        self._paused = True
+
+    def resumeProducing(self) -> None:
+        self._paused = False
+        if self._keepalive_owed is not None:
+            self.send_keepalive(self._keepalive_owed)
+        self._go_on()
+
+    def stopProducing(self) -> None:
+        self._stopped = True
+        self._timeline.remove_observer(self._go_on)
+        if self._next_burst is not None:
+            self._next_burst.cancel()
+            self._next_burst = None
+
+    # --- sending ---------------------------------------------------------------------------
+
+    def _schedule(self) -> None:
+        if self._next_burst is None:
+            self._next_burst = self._clock.callLater(0, self._burst)
+
+    def _burst(self) -> None:
+        self._next_burst = None
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Send a burst of pieces, as far as there are any and they are taken."""
+        if self._next_burst is not None:
+            return
+        for _ in range(BURST):
+            if self._paused or self._stopped or not self._send_piece():
+                return
+        self._schedule()
+
+    def _send_piece(self) -> bool:
+        """Send the next piece; whether there was one."""
+        timeline, replica = self._timeline, self._replica
+        tli, start = replica.tli, replica.sent_lsn
+        try:
+            wal_end = timeline.end_of(tli)
+            if start >= wal_end:
+                if tli != timeline.history.tli:
+                    self._listener.timeline_ended()
+                elif self.is_finishing:
+                    self._listener.caught_up()
+                return False
+            end = self._cut(start, timeline.sendable_to(tli, start))
+            if end <= start:
+                return False
+            message = self._piece.load(tli, start, end, wal_end, self._now())
+        except ReportedError as error:
+            self._listener.failed(error)
+            return False
+        replica.sent_lsn = end
+        self._send(message)
+        return True
+
+    def _cut(self, start: int, end: int) -> int:
+        """Where a message that starts at ``start`` ends: at ``end``, or else at a page boundary,
+        for only there may a record be split."""
+        segment_size = self._timeline.identity.segment_size
+        end = min(end, start - start % segment_size + segment_size)
+        furthest = start + PIECE_SIZE
+        return end if end <= furthest else furthest - furthest % PAGE_SIZE
+
+    def _send(self, message: memoryview) -> None:
+        sent = 0
+        if self._socket is not None:
+            with suppress(OSError):  # would it block, or is it gone?  The transport finds out.
+                sent = self._socket.send(message)
+            if sent == len(message):
+                return
+        self._write(bytes(message[sent:]))
+
+    def _write(self, data: bytes) -> None:
+        """Send through the transport, and on a bare one wait until its buffer is empty again."""
+        self._transport.write(data)
+        if self._socket is not None:
+            self._paused = self._transport.producerPaused = True  # type: ignore[attr-defined]
+
+    def _now(self) -> int:
+        return postgres_time(self._clock.seconds())
+
+
+def _bare_socket(transport: ITransport) -> socket.socket | None:
+    """The transport's socket, if bytes sent on it go to the peer as they are."""
+    if (
+        not isinstance(transport, tcp.Connection)
+        or ISSLTransport.providedBy(transport)
+        or transport.TLS
+    ):
+        return None
+    handle: socket.socket = transport.getHandle()
+    return handle

@@ -1,0 +1,293 @@
+"""The Twisted side of a connection: bytes in, to the session; its decisions out, to the transport.
+
+Everything a client is told goes through :meth:`WalSenderProtocol.write` and the producer, every
+error ends up in an ErrorResponse.  An exception that is none of ours is a defect: it is logged
+with its traceback, and the client gets an XX000 and is disconnected.
+"""
+
+from __future__ import annotations
+
+import hmac
+import itertools
+import os
+from typing import Any
+
+from twisted.internet.address import UNIXAddress
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime, ITCPTransport
+from twisted.internet.protocol import Factory, Protocol, connectionDone
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from walproto.errors import CannotConnectNow, InternalError, ReportedError
+from walproto.lsn import format_lsn
+from walproto.server.configuration import Configuration
+from walproto.server.heartbeat import Heartbeat
+from walproto.server.producer import Piece, WalProducer
+from walproto.server.session import Session
+from walproto.server.startup import Cancellation
+from walproto.timeline.interfaces import ITimeline
+from walproto.timeline.replicas import Replica
+
+LINGER = 5.0
+"""Seconds that a client has to take what it was last told."""
+
+
+@implementer(IPushProducer)
+class _AnswerThrottle:
+    """Between streams: while a client does not take our answers, its questions are not read."""
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+
+    def pauseProducing(self) -> None:
+        self._transport.pauseProducing()
+
+    def resumeProducing(self) -> None:
+        self._transport.resumeProducing()
+
+    def stopProducing(self) -> None:
+        pass
+
+
+class WalSenderProtocol(Protocol):
+    """One client.  Its session tells it what to do (:class:`~walproto.server.events.Connection`),
+    its producer how that went (:class:`~walproto.server.producer.Listener`)."""
+
+    _log = Logger()
+    factory: WalSenderFactory
+    transport: Any
+
+    def __init__(self, factory: WalSenderFactory, pid: int) -> None:
+        self.factory = factory
+        self.pid = pid
+        self.peer = ""
+        self._clock = factory.clock
+        self._session = Session(self, factory.configuration)
+        self._key = b""
+        self._replica: Replica | None = None
+        self._producer: WalProducer | None = None
+        self._heartbeat: Heartbeat | None = None
+        self._timer: IDelayedCall | None = None
+
+    # --- for Twisted to call ---------------------------------------------------------------
+
+    def connectionMade(self) -> None:
+        address = self.transport.getPeer()
+        self.peer = (
+            "[local]"
+            if isinstance(address, UNIXAddress)
+            else (f"{address.host}:{address.port}" if hasattr(address, "host") else str(address))
+        )
+        if ITCPTransport.providedBy(self.transport) and not isinstance(address, UNIXAddress):
+            self.transport.setTcpNoDelay(True)
+            self.transport.setTcpKeepAlive(True)
+        self.factory.connections[self.pid] = self
+        self.transport.registerProducer(_AnswerThrottle(self.transport), True)
+        timeout = self.factory.configuration.authentication_timeout
+        self._timer = self._clock.callLater(timeout, self._authentication_timed_out)
+
+    def dataReceived(self, data: bytes) -> None:
+        try:
+            self._session.receive(data)
+        except Exception:
+            self._log.failure("a defect in walproto: disconnecting {peer}", peer=self.peer)
+            self._session.fail(InternalError("internal error in the WAL sender", fatal=True))
+        if self._session.is_greeted and not self._session.is_closed:
+            self._stop_timer()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self._session.events.connection_lost()
+        self._stop_timer()
+        self.factory.connection_gone(self)
+
+    # --- for the service to call -----------------------------------------------------------
+
+    def shut_down(self) -> None:
+        """Send what may be sent, tell the client, and close the connection."""
+        self._session.events.shutdown_requested()
+
+    def abort(self) -> None:
+        """Close the connection now."""
+        self.transport.abortConnection()
+
+    def cancel_with(self, key: bytes) -> None:
+        """Cancel what the session does, if this is its key."""
+        if self._key and hmac.compare_digest(self._key, key):
+            self._session.events.cancelled()
+
+    # --- Connection, for the session to call -----------------------------------------------
+
+    def write(self, data: bytes) -> None:
+        self.transport.write(data)
+
+    def new_key(self, length: int) -> bytes:
+        self._key = os.urandom(length)
+        return self._key
+
+    def cancel(self, request: Cancellation) -> None:
+        other = self.factory.connections.get(request.process_id)
+        if other is not None:
+            other.cancel_with(request.secret_key)
+
+    def start_sending(self, replica: Replica, timeout: float) -> None:
+        self._replica = replica
+        timeline = self.factory.configuration.timeline
+        timeline.replicas.add(replica)
+        self._heartbeat = Heartbeat(
+            self._clock,
+            timeout,
+            ask=lambda: self._send_keepalive(True),
+            give_up=self._session.events.timed_out,
+        )
+        self._heartbeat.start()
+        self.transport.unregisterProducer()
+        self.transport.resumeProducing()
+        self._producer = WalProducer(
+            self.transport, timeline, replica, self.factory.piece, self._clock, self
+        )
+        self._producer.start()
+        self._log.info(
+            "{replica} streams from {lsn} on timeline {tli}",
+            replica=replica,
+            lsn=format_lsn(replica.sent_lsn),
+            tli=replica.tli,
+        )
+
+    def stop_sending(self) -> None:
+        if self._producer is not None:
+            self._producer.stop()
+            self._producer = None
+            self.transport.registerProducer(_AnswerThrottle(self.transport), True)
+
+    def finish_sending(self) -> None:
+        if self._producer is not None:
+            self._producer.finish()
+
+    def end_replica(self) -> None:
+        self.stop_sending()
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+            self._heartbeat = None
+        if self._replica is not None:
+            self.factory.configuration.timeline.replicas.remove(self._replica)
+            self._log.info(
+                "{replica} has ended streaming, sent up to {sent}, flushed there up to {flush}",
+                replica=self._replica,
+                sent=format_lsn(self._replica.sent_lsn),
+                flush=format_lsn(self._replica.flush_lsn),
+            )
+            self._replica = None
+
+    def replica_heard(self, reply_requested: bool) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.heard()
+        if reply_requested:
+            self._send_keepalive(False)
+        if self._producer is not None and self._producer.is_finishing:
+            self._producer.finish()  # this may have been the confirmation it waits for
+
+    def report(self, error: ReportedError) -> None:
+        log = self._log.debug if isinstance(error, CannotConnectNow) else self._log.warn
+        log(
+            "{peer}: {severity} {sqlstate}: {message}{more}",
+            peer=self.peer,
+            severity=error.severity,
+            sqlstate=error.sqlstate,
+            message=error.message,
+            more=f" ({error.log})" if error.log else "",
+        )
+
+    def note(self, text: str) -> None:
+        self._log.info("{peer}: {text}", peer=self._replica or self.peer, text=text)
+
+    def close(self) -> None:
+        self.transport.unregisterProducer()
+        self.transport.loseConnection()
+        self._stop_timer()
+        self._timer = self._clock.callLater(LINGER, self.abort)
+
+    # --- Listener, for the producer to call ------------------------------------------------
+
+    def timeline_ended(self) -> None:
+        self._session.events.timeline_ended()
+
+    def failed(self, error: ReportedError) -> None:
+        self._session.fail(error)
+
+    def caught_up(self) -> None:
+        replica = self._replica
+        if replica is None:
+            return
+        if replica.has_confirmed(replica.sent_lsn):
+            self._session.events.replica_confirmed()
+        elif self._heartbeat is not None:
+            self._heartbeat.ask()
+
+    # --- within ----------------------------------------------------------------------------
+
+    def _send_keepalive(self, reply_requested: bool) -> None:
+        if self._producer is not None:
+            self._producer.send_keepalive(reply_requested)
+
+    def _authentication_timed_out(self) -> None:
+        self._timer = None
+        self._session.events.timed_out()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+class WalSenderFactory(Factory):
+    """Makes a :class:`WalSenderProtocol` for every client that connects.
+
+    ``clock`` is the reactor.  ``options`` are those of
+    :class:`~walproto.server.configuration.Configuration`.
+    """
+
+    noisy = False
+
+    def __init__(self, timeline: ITimeline, clock: IReactorTime, **options: Any) -> None:
+        self.configuration = Configuration(timeline, **options)
+        self.clock = clock
+        self.piece = Piece(timeline)
+        self.connections: dict[int, WalSenderProtocol] = {}
+        self._pids = itertools.count(1)
+        self._emptied: Deferred[None] | None = None
+
+    def buildProtocol(self, addr: object) -> Any:
+        return WalSenderProtocol(self, next(self._pids))
+
+    def connection_gone(self, connection: WalSenderProtocol) -> None:
+        self.connections.pop(connection.pid, None)
+        if not self.connections and self._emptied is not None:
+            emptied, self._emptied = self._emptied, None
+            emptied.callback(None)
+
+    def shut_down(self, timeout: float) -> Deferred[None]:
+        """Send clients what may be sent, tell them, and wait until they are gone.
+
+        After ``timeout`` seconds those that have not confirmed are disconnected all the same.
+        The Deferred fires with None when no connection is left.
+        """
+        self._emptied = emptied = Deferred[None]()
+        for connection in list(self.connections.values()):
+            connection.shut_down()
+        if not self.connections:
+            self._emptied = None
+            emptied.callback(None)
+            return emptied
+        last_call = self.clock.callLater(timeout, self._abort_all)
+
+        def done(result: None) -> None:
+            if last_call.active():
+                last_call.cancel()
+
+        return emptied.addCallback(done)
+
+    def _abort_all(self) -> None:
+        for connection in list(self.connections.values()):
+            connection.abort()

@@ -1,0 +1,251 @@
+"""A timeline that lives in a directory which somebody else writes to.
+
+The directory may be a primary's ``pg_wal``, an archive that is being filled, or one that is
+finished.  Nothing in it is ever written, renamed or removed.
+
+Whenever something there may have changed, :class:`WalDirectory` does its work in small steps, each
+a turn of the reactor, until there is no more to do: follow the tail of the current timeline; look
+for newer timelines, and go over to one as soon as its WAL is here up to where it branched off;
+prove the older segments that clients have asked for.  Behind each step the observers are told, if
+there was progress.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.logger import Logger
+from zope.interface import implementer
+
+from walproto.errors import CannotConnectNow, InternalError, UndefinedFile
+from walproto.lsn import format_lsn, history_name, segment_name
+from walproto.timeline.history import History
+from walproto.timeline.interfaces import ITimeline
+from walproto.timeline.proofs import Proofs
+from walproto.timeline.replicas import Replicas
+from walproto.timeline.survey import load_history, newer_timelines, survey
+from walproto.timeline.tail import Tail
+from walproto.timeline.watch import DirectoryWatch
+from walproto.wal.pages import Identity
+from walproto.wal.segments import Segments
+
+STEP = 256 * 1024
+"""Bytes of WAL walked over in one turn of the reactor: a few milliseconds of it."""
+
+
+@implementer(ITimeline)
+class WalDirectory:
+    """The WAL in ``directory``, from :meth:`start` to :meth:`stop`.
+
+    ``clock`` is the reactor.
+    """
+
+    _log = Logger()
+
+    def __init__(self, directory: Path | str, clock: IReactorTime) -> None:
+        self.directory = Path(directory)
+        self.replicas = Replicas()
+        self.commit_lsn = 0
+        self.identity: Identity
+        self.history: History
+        self._clock = clock
+        self._watch = DirectoryWatch(self.directory, clock, self.look)
+        self._observers: set[Callable[[], None]] = set()
+        self._next_step: IDelayedCall | None = None
+        self._ready = False
+        self._waiting_for = ""
+        self._directory_stamp = 0
+        self._tail: Tail | None = None
+        self._newer: Tail | None = None
+        self._proven_from = 0
+
+    def start(self) -> None:
+        """Begin to watch the directory, and to look for the end of its WAL."""
+        self._watch.start()
+        self.look()
+
+    def stop(self) -> None:
+        self._watch.stop()
+        if self._next_step is not None:
+            self._next_step.cancel()
+            self._next_step = None
+        if self._tail is not None:
+            self._segments.close()
+
+    def look(self) -> None:
+        """Have a look soon: something in the directory may have changed."""
+        if self._next_step is None:
+            self._next_step = self._clock.callLater(0, self._step)
+
+    # --- ITimeline -------------------------------------------------------------------------
+
+    def require_ready(self) -> None:
+        if not self._ready:
+            raise CannotConnectNow(
+                "the database system is starting up",
+                detail="The WAL sender has not found the end of its WAL yet.",
+                fatal=True,
+                log=self._waiting_for or None,
+            )
+
+    def end_of(self, tli: int) -> int:
+        if tli == self.history.tli:
+            return self.commit_lsn
+        ancestor = self.history.ancestor(tli)
+        if ancestor is None:
+            raise InternalError(f"requested timeline {tli} is not in this server's history")
+        return ancestor.switch_lsn
+
+    def sendable_to(self, tli: int, lsn: int) -> int:
+        end = self.end_of(tli)
+        if lsn >= end:
+            return end
+        size = self.identity.segment_size
+        if self.history.file_tli(lsn, size) < tli:
+            name = segment_name(tli, lsn // size, size)
+            raise UndefinedFile(f"requested WAL segment {name} has already been removed")
+        if lsn >= self._proven_from:
+            return end
+        proven = self._proofs.proven_to(lsn)
+        if self._proofs.is_busy:
+            self.look()
+        return min(end, proven)
+
+    def read_into(self, tli: int, lsn: int, buffer: memoryview) -> None:
+        self._segments.read_into(self._file_tli(lsn), lsn, buffer)
+
+    def read_history(self, tli: int) -> bytes:
+        return self._segments.read_history(tli)
+
+    def add_observer(self, observer: Callable[[], None]) -> None:
+        self._observers.add(observer)
+
+    def remove_observer(self, observer: Callable[[], None]) -> None:
+        self._observers.discard(observer)
+
+    # --- one step after another ------------------------------------------------------------
+
+    def _step(self) -> None:
+        self._next_step = None
+        tail = self._tail or self._find_tail()
+        if tail is None:
+            return
+        before = self._tail, self.commit_lsn
+        more = tail.advance(STEP)
+        if self._ready:
+            more |= self._follow_newer_timelines(tail)
+        elif not more:
+            self._begin_to_serve(tail)
+        if self._tail is tail:
+            self._publish(tail)
+        progress = before != (self._tail, self.commit_lsn)
+        if self._ready and self._proofs.is_busy:
+            more |= self._proofs.advance(STEP)
+            progress = True
+        if more:
+            self.look()
+        if progress:
+            for observer in list(self._observers):
+                observer()
+
+    def _find_tail(self) -> Tail | None:
+        """Look for WAL where there was none before."""
+        try:
+            found = survey(self.directory)
+        except OSError as error:
+            self._wait_for(f"cannot read {self.directory} ({error.strerror}): waiting until I can")
+            return None
+        if found is None:
+            self._wait_for(f"there is no WAL in {self.directory} yet: waiting for a first segment")
+            return None
+        for note in found.notes:
+            self._log.warn("{directory}: {note}", directory=str(self.directory), note=note)
+        self.identity = found.identity
+        self._first_lsn = found.first_lsn
+        self._segments = Segments(self.directory, found.identity)
+        self._tail = Tail(self._segments, found.identity, found.history, found.last_lsn)
+        return self._tail
+
+    def _begin_to_serve(self, tail: Tail) -> None:
+        """The walk has come to the end of WAL, if there is any WAL."""
+        if not tail.is_found:
+            self._wait_for(f"there is no whole WAL record in {self.directory} yet: {tail.reason}")
+            return
+        self._ready = True
+        self._adopt(tail)
+        self._log.info(
+            "ready to serve timeline {tli} of system {system} from {start} to {end}",
+            tli=tail.history.tli,
+            system=self.identity.system_identifier,
+            start=format_lsn(min(self._first_lsn, tail.start)),
+            end=format_lsn(tail.end),
+        )
+
+    def _wait_for(self, what: str) -> None:
+        if what != self._waiting_for:
+            self._waiting_for = what
+            self._log.warn("{what}", what=what)
+
+    def _adopt(self, tail: Tail) -> None:
+        """Make the tail's timeline the current one."""
+        self._tail = tail
+        self._newer = None
+        self.history = tail.history
+        self.commit_lsn = tail.end
+        self._proven_from = tail.start
+        self._proofs = Proofs(self._segments, self.identity, tail.history)
+
+    def _publish(self, tail: Tail) -> None:
+        """Make known how far the current timeline goes."""
+        end = tail.end
+        if self._newer is not None:
+            # It is known where this timeline ends, though not yet what comes after.
+            ancestor = self._newer.history.ancestor(tail.history.tli)
+            end = min(end, ancestor.switch_lsn) if ancestor else end
+        if self._ready:
+            self.commit_lsn = max(self.commit_lsn, end)
+
+    def _follow_newer_timelines(self, tail: Tail) -> bool:
+        """Look for a newer timeline and go over to it once it is here; whether there is more to
+        walk over at once."""
+        self._look_for_newer_timelines(tail.history.tli)
+        newer = self._newer
+        if newer is None:
+            return False
+        more = newer.advance(STEP)
+        if newer.is_found and newer.end >= newer.history.start_lsn:
+            self._log.info(
+                "timeline {old} ended at {switch}: now serving timeline {new}",
+                old=tail.history.tli,
+                switch=format_lsn(newer.history.start_lsn),
+                new=newer.history.tli,
+            )
+            self._adopt(newer)
+        return more
+
+    def _look_for_newer_timelines(self, current: int) -> None:
+        """Begin to follow the newest timeline of which there is a history file and WAL."""
+        size = self.identity.segment_size
+        try:
+            stamp = self.directory.stat().st_mtime_ns
+            if stamp == self._directory_stamp:
+                return
+            self._directory_stamp = stamp
+            for tli in newer_timelines(self.directory, current):
+                if self._newer is not None and self._newer.history.tli == tli:
+                    return
+                history = load_history(self.directory, tli)
+                start = history.start_lsn // size * size
+                if not history.ancestors:
+                    raise ValueError(f"{history_name(tli)} names no timeline before {tli}")
+                if self._segments.read(tli, start, 1):
+                    self._newer = Tail(self._segments, self.identity, history, start)
+                    return
+        except (OSError, ValueError) as error:
+            self._directory_stamp = 0  # it may be a file that is still being written
+            self._wait_for(f"cannot follow newer timelines in {self.directory}: {error}")
+
+    def _file_tli(self, lsn: int) -> int:
+        return self.history.file_tli(lsn, self.identity.segment_size)

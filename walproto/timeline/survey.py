@@ -1,0 +1,117 @@
+"""One look at a directory of WAL: whose it is, and where its end is to be looked for.
+
+Names prove nothing: a primary keeps recycled segments under future names, and an archive may hold
+anything.  A file counts as a segment here if its first page says what its name says.  Whose
+cluster it is, the newest segments decide by majority, so that one that strayed in does not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from walproto.lsn import (
+    SegmentName,
+    history_name,
+    parse_history_name,
+    parse_segment_name,
+)
+from walproto.timeline.history import History, parse_history
+from walproto.wal.pages import LONG_HEADER, Identity, parse_identity
+
+_VOTERS = 31
+"""How many of the newest segments decide whose WAL it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What a directory holds."""
+
+    identity: Identity
+    history: History
+    """The newest timeline of which there is WAL, and its ancestors."""
+    first_lsn: int
+    """Where the oldest segment along that history begins; there may be holes behind it."""
+    last_lsn: int
+    """Where the newest segment of that timeline begins."""
+    notes: tuple[str, ...]
+    """What the operator should know: files that are not what they should be."""
+
+
+def survey(directory: Path) -> Survey | None:
+    """Look at ``directory``; None if there is no WAL in it yet.  Raises OSError."""
+    names = sorted(
+        (name for entry in os.listdir(directory) if (name := parse_segment_name(entry))),
+        key=lambda name: (name.tli, name.high, name.low, not name.partial),
+        reverse=True,
+    )
+    voters = list(islice(_segments(directory, names), _VOTERS))
+    if not voters:
+        return None
+    identity = Counter(voter for voter, _, _ in voters).most_common(1)[0][0]
+    notes: list[str] = []
+    refused: set[int] = set()
+    for found, name, lsn in _segments(directory, names):
+        if name.tli in refused:
+            continue
+        if found != identity:
+            notes.append(
+                f"a segment of another cluster is left alone: timeline {name.tli}, "
+                f"segment {name.segno(found.segment_size)}, system {found.system_identifier}"
+            )
+            continue
+        try:
+            history = load_history(directory, name.tli)
+        except ValueError as error:
+            notes.append(f"timeline {name.tli} is left alone: {error}")
+            refused.add(name.tli)
+            continue
+        if name.tli > 1 and not history.ancestors:
+            notes.append(
+                f"{history_name(name.tli)} is missing, so timeline {name.tli} is served without "
+                "those before it: copy it there from the server's pg_wal"
+            )
+        tlis = {name.tli} | {ancestor.tli for ancestor in history.ancestors}
+        first = min(name.segno(identity.segment_size) for name in names if name.tli in tlis)
+        return Survey(identity, history, first * identity.segment_size, lsn, tuple(notes))
+    return None
+
+
+def load_history(directory: Path, tli: int) -> History:
+    """The history of ``tli``; one without ancestors if there is no file, as PostgreSQL has it.
+
+    Raises ValueError if the file's contents are no history.
+    """
+    try:
+        contents = (directory / history_name(tli)).read_bytes()
+    except FileNotFoundError:
+        return History(tli)
+    return parse_history(tli, contents)
+
+
+def newer_timelines(directory: Path, tli: int) -> list[int]:
+    """The timelines above ``tli`` that have a history file, the newest first.  Raises OSError."""
+    found = (parse_history_name(entry) for entry in os.listdir(directory))
+    return sorted((newer for newer in found if newer is not None and newer > tli), reverse=True)
+
+
+def _segments(
+    directory: Path, names: list[SegmentName]
+) -> Iterator[tuple[Identity, SegmentName, int]]:
+    """Those of the named files that are the segment that their name says, with their LSN."""
+    for name in names:
+        try:
+            with open(directory / str(name), "rb") as file:
+                found = parse_identity(file.read(LONG_HEADER.size))
+        except OSError:
+            continue
+        if found is None:
+            continue
+        identity, tli, lsn = found
+        size = identity.segment_size
+        if name.is_possible(size) and name.segno(size) * size == lsn and tli <= name.tli:
+            yield identity, name, lsn

@@ -1,0 +1,62 @@
+"""The end of a timeline's WAL, found and followed.
+
+The walk begins at the newest segment and not before: what came earlier is proven when somebody
+wants it (:mod:`walproto.timeline.proofs`).  Only if there is no whole record in that segment yet
+does it step back, a segment at a time, to where there is one.
+"""
+
+from __future__ import annotations
+
+from walproto.timeline.history import History
+from walproto.wal.pages import Identity
+from walproto.wal.scan import Scanner
+from walproto.wal.segments import Segments
+
+
+class Tail:
+    """The end of the timeline that ``history`` tells of, looked for from the segment at ``start``.
+
+    ``start`` moves back if need be.  Up to :attr:`end` all WAL from there on is proven.
+    """
+
+    def __init__(
+        self, segments: Segments, identity: Identity, history: History, start: int
+    ) -> None:
+        self._segments = segments
+        self._identity = identity
+        self.history = history
+        self.start = start
+        self._scanner = self._scanner_from(start)
+
+    @property
+    def end(self) -> int:
+        """The end of valid WAL, as far as the walk has come."""
+        return self._scanner.end
+
+    @property
+    def is_found(self) -> bool:
+        """Whether there is a record at all, so that :attr:`end` means something."""
+        return self._scanner.last_record is not None
+
+    @property
+    def reason(self) -> str:
+        """Why the walk stopped where it is."""
+        return self._scanner.reason
+
+    def advance(self, budget: int) -> bool:
+        """Walk on over some ``budget`` bytes; whether there may be more to walk over at once."""
+        if self._scanner.advance(budget):
+            return True
+        before = self.start - self._identity.segment_size
+        if not self.is_found and before >= 0 and self._read(before, 1):
+            self.start = before
+            self._scanner = self._scanner_from(before)
+            return True
+        return False
+
+    def _scanner_from(self, start: int) -> Scanner:
+        return Scanner(self._identity, self.history, start, self._read)
+
+    def _read(self, lsn: int, size: int) -> bytes:
+        tli = self.history.file_tli(lsn, self._identity.segment_size)
+        return self._segments.read(tli, lsn, size)

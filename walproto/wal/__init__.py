@@ -1,0 +1,1 @@
+"""WAL as it lies on disk: its formats, its records, its files.  No Twisted."""

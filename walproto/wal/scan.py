@@ -1,0 +1,299 @@
+"""Walks WAL record by record, and so finds where valid WAL ends.
+
+A :class:`Scanner` starts at the beginning of a segment and goes on for as long as pages and
+records are right: page headers as they must be, each record's CRC-32C good and its ``xl_prev`` the
+record before.  Where something is not, it stops, remembers why, and can be asked again later: it
+then goes on from where it was, which may be in the middle of a record.
+
+:attr:`Scanner.end` is the end of the last good record; nothing behind it has been proven to be
+WAL.  A live segment's tail is zeros, or what a recycled file held before, or a record of which
+only some pages have been written: all the same, a stop.  Whatever was read of an unfinished record
+is not trusted later on: if the record then turns out wrong, it is read once more from its start.
+
+Two things look like the end of WAL and are not.  Behind an XLOG_SWITCH record the rest of the
+segment is zeros, without page headers, and the next record begins the next segment.  And a record
+whose end was lost in a crash is given up by the server, which marks the page where the lost part
+should have stood with XLP_FIRST_IS_OVERWRITE_CONTRECORD and goes on there.
+
+PostgreSQL: ``xlogreader.c`` (XLogReadRecord, XLogReaderValidatePageHeader, ValidXLogRecord),
+whose messages these are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from crc32c import crc32c
+
+from walproto.lsn import PAGE_SIZE, format_lsn, segment_name
+from walproto.wal.pages import (
+    LONG_HEADER,
+    RECORD_HEADER,
+    SHORT_HEADER,
+    XLOG_SWITCH,
+    XLP_FIRST_IS_CONTRECORD,
+    XLP_LONG_HEADER,
+    Identity,
+    record_crc,
+)
+
+Read = Callable[[int, int], bytes]
+"""(LSN, size in bytes) -> at most so much WAL from there, never beyond its segment; may be short
+or empty where there is no file or no more of it."""
+
+
+class Line(Protocol):
+    """The timelines that follow each other (:class:`walproto.timeline.history.History`)."""
+
+    @property
+    def start_lsn(self) -> int:
+        """Where the last of them branched off; 0 if those before it are not known."""
+
+    def page_tli(self, address: int) -> int:
+        """The timeline whose ID the page at ``address`` must carry."""
+
+    def file_tli(self, lsn: int, segment_size: int) -> int:
+        """The timeline in whose file the segment with ``lsn`` is."""
+
+
+WINDOW = 16 * PAGE_SIZE
+"""Bytes read at a time."""
+
+_RECORD_HEADER_SIZE = RECORD_HEADER.size
+_ZEROS = bytes(PAGE_SIZE)
+
+
+class _Stop(Exception):
+    """Valid WAL ends here; the text says why."""
+
+
+class _Again(Exception):
+    """The record is to be read once more, from its start."""
+
+
+class Scanner:
+    """Walks the records along ``history`` from ``start``, which is the start of a segment.
+
+    A record that began before ``start`` is passed over unchecked: nobody can check it from here.
+    """
+
+    def __init__(self, identity: Identity, history: Line, start: int, read: Read) -> None:
+        self._identity = identity
+        self._history = history
+        self._read = read
+        self._page_tli = 0
+        self._position = start
+        # The record that goes on in the next page: where it starts, whether that is before our
+        # start, what was read of its header, its CRC so far, and the bytes still missing.  With
+        # _missing, _position is the start of a page.
+        self._record = start
+        self._headless = False
+        self._header = bytearray()
+        self._crc = 0
+        self._missing = 0
+        self._begun_now = True
+        # Behind an XLOG_SWITCH: where the zeros end.
+        self._zeros_to = 0
+        self.end = start
+        """The LSN behind the last good record; ``start`` if there is none yet."""
+        self.last_record: int | None = None
+        """The LSN of the last good record; None if there is none yet."""
+        self.reason = ""
+        """Why the walk stopped, in PostgreSQL's words."""
+
+    @property
+    def position(self) -> int:
+        """How far pages have been looked at, be it in the middle of a record."""
+        return self._position
+
+    def advance(self, budget: int) -> bool:
+        """Walk on over some ``budget`` bytes; whether there may be more to walk over at once."""
+        self._begun_now = not self._missing
+        budget_end = self._position + budget
+        while self._position < budget_end:
+            base = self._position - self._position % PAGE_SIZE
+            window = memoryview(self._read(base, WINDOW))
+            try:
+                if len(window) < PAGE_SIZE:
+                    offset = base % self._identity.segment_size
+                    raise _Stop(
+                        f"could not read from WAL segment {self._segment(base)}, "
+                        f"offset {offset}: read {len(window)} of {PAGE_SIZE}"
+                    )
+                for offset in range(0, len(window) - PAGE_SIZE + 1, PAGE_SIZE):
+                    self._walk_page(window[offset : offset + PAGE_SIZE], base + offset)
+            except _Again:
+                continue
+            except _Stop as stop:
+                self.reason = str(stop)
+                return False
+        return True
+
+    def _walk_page(self, page: memoryview, address: int) -> None:
+        """Walk on to the end of this page, in which our position is."""
+        offset = self._position - address
+        if offset == 0 and not self._zeros_to:
+            offset = self._enter_page(page, address)
+            if self._missing:
+                offset = self._continue_record(page, offset, address)
+        while offset < PAGE_SIZE and not self._zeros_to:
+            offset = self._walk_record(page, offset, address)
+        if self._zeros_to and offset < PAGE_SIZE:
+            self._walk_zeros(page, offset, address)
+        self._position = address + PAGE_SIZE
+
+    def _enter_page(self, page: memoryview, address: int) -> int:
+        """Check a page's header, and that it goes on with our record; the offset behind it."""
+        size = self._check_page(page, address)
+        _, info, self._page_tli, _, rem_len = SHORT_HEADER.unpack_from(page)
+        continues = info & XLP_FIRST_IS_CONTRECORD
+        if self._missing:
+            if info & self._identity.wal_format.first_is_overwrite_contrecord:
+                self._missing = 0
+            elif not continues:
+                raise self._once_more(f"there is no contrecord flag at {format_lsn(address)}")
+            elif rem_len != self._missing:
+                raise self._once_more(
+                    f"invalid contrecord length {rem_len} (expected {self._missing}) "
+                    f"at {format_lsn(address)}"
+                )
+        elif continues and rem_len:
+            if address != self._record or self.last_record is not None:
+                raise _Stop(f"unexpected contrecord flag at {format_lsn(address)}")
+            self._headless, self._missing = True, rem_len
+        return size
+
+    def _check_page(self, page: memoryview, address: int) -> int:
+        """Check everything in a page's header but its records; the header's size."""
+        magic, info, tli, page_address, _ = SHORT_HEADER.unpack_from(page)
+        identity = self._identity
+        if magic != identity.wal_format.xlp_magic:
+            raise _Stop(f"invalid magic number {magic:04X} {self._where(address)}")
+        long = address % identity.segment_size == 0
+        if info & ~identity.wal_format.all_flags or bool(info & XLP_LONG_HEADER) != long:
+            raise _Stop(f"invalid info bits {info:04X} {self._where(address)}")
+        if long:
+            *_, sysid, segment_size, block_size = LONG_HEADER.unpack_from(page)
+            if sysid != identity.system_identifier:
+                raise _Stop(
+                    "WAL file is from different database system: WAL file database system "
+                    f"identifier is {sysid}, expected {identity.system_identifier}, "
+                    + self._where(address)
+                )
+            if segment_size != identity.segment_size or block_size != PAGE_SIZE:
+                raise _Stop(f"incorrect segment size or page size {self._where(address)}")
+        if page_address != address:
+            raise _Stop(f"unexpected pageaddr {format_lsn(page_address)} {self._where(address)}")
+        expected = self._history.page_tli(address)
+        if tli > expected or (tli < expected and self._history.start_lsn):
+            raise _Stop(
+                f"unexpected timeline ID {tli} (should be {expected}) {self._where(address)}"
+            )
+        if tli < self._page_tli:
+            raise _Stop(
+                f"out-of-sequence timeline ID {tli} (after {self._page_tli}) {self._where(address)}"
+            )
+        return LONG_HEADER.size if long else SHORT_HEADER.size
+
+    def _walk_record(self, page: memoryview, offset: int, address: int) -> int:
+        """Walk over the record at ``offset``; the offset of the next, PAGE_SIZE if there is none
+        in this page."""
+        start = self._position = address + offset
+        length = int.from_bytes(page[offset : offset + 4], "little")
+        if length < _RECORD_HEADER_SIZE:
+            raise _Stop(
+                f"invalid record length at {format_lsn(start)}: "
+                f"expected at least {_RECORD_HEADER_SIZE}, got {length}"
+            )
+        end = offset + length
+        if end > PAGE_SIZE:
+            self._record, self._missing, self._crc = start, length, 0
+            self._begun_now = True
+            self._header.clear()
+            self._consume(page[offset:])
+            return PAGE_SIZE
+        record = page[offset:end]
+        _, _, prev, info, rmid, crc = RECORD_HEADER.unpack_from(record)
+        if prev != self.last_record and not self._may_follow(prev, start):
+            raise _Stop(_bad_link(prev, start))
+        if record_crc(record) != crc:
+            raise _Stop(_bad_checksum(start))
+        end = (end + 7) & ~7
+        self._accept(start, address + end, info, rmid)
+        return end
+
+    def _continue_record(self, page: memoryview, offset: int, address: int) -> int:
+        """Walk over what this page holds of the unfinished record; the offset behind it."""
+        end = offset + min(self._missing, PAGE_SIZE - offset)
+        self._consume(page[offset:end])
+        if self._missing:
+            return PAGE_SIZE
+        end = (end + 7) & ~7
+        if self._headless:
+            self._headless = False
+            self.end = address + end
+            return end
+        _, _, _, info, rmid, crc = RECORD_HEADER.unpack(self._header)
+        if crc32c(self._header[:20], self._crc) != crc:
+            raise self._once_more(_bad_checksum(self._record))
+        self._accept(self._record, address + end, info, rmid)
+        return end
+
+    def _consume(self, data: memoryview) -> None:
+        """Take the next bytes of the unfinished record."""
+        self._missing -= len(data)
+        if self._headless:
+            return
+        wanted = _RECORD_HEADER_SIZE - len(self._header)
+        if wanted > 0:
+            self._header += data[:wanted]
+            data = data[wanted:]
+            if len(self._header) < _RECORD_HEADER_SIZE:
+                return
+            prev = RECORD_HEADER.unpack(self._header)[2]
+            if prev != self.last_record and not self._may_follow(prev, self._record):
+                raise self._once_more(_bad_link(prev, self._record))
+        self._crc = crc32c(data, self._crc)
+
+    def _accept(self, start: int, end: int, info: int, rmid: int) -> None:
+        self.last_record, self.end = start, end
+        if rmid == 0 and info & 0xF0 == XLOG_SWITCH:
+            size = self._identity.segment_size
+            self._zeros_to = -(-end // size) * size if end % size else 0
+
+    def _walk_zeros(self, page: memoryview, offset: int, address: int) -> None:
+        """Behind an XLOG_SWITCH the segment counts once all the rest of it is zeros: before,
+        it may still hold what it held when it was recycled."""
+        if bytes(page[offset:]) != _ZEROS[offset:]:
+            self._position = address + offset
+            raise _Stop(f"no zeros behind the XLOG_SWITCH record in {self._segment(address)} yet")
+        if address + PAGE_SIZE == self._zeros_to:
+            self.end, self._zeros_to = self._zeros_to, 0
+
+    def _may_follow(self, prev: int, start: int) -> bool:
+        """Whether the link can be right although we have not seen the record before."""
+        return self.last_record is None and prev < start
+
+    def _once_more(self, reason: str) -> _Again | _Stop:
+        """Go back to the start of the unfinished record: try again if some of it was read
+        earlier, and so may have changed since; else it is wrong."""
+        again = not self._begun_now
+        self._position, self._missing, self._headless = self._record, 0, False
+        self._begun_now = True
+        return _Again() if again else _Stop(reason)
+
+    def _where(self, address: int) -> str:
+        return f"in WAL segment {self._segment(address)}, LSN {format_lsn(address)}"
+
+    def _segment(self, address: int) -> str:
+        size = self._identity.segment_size
+        return segment_name(self._history.file_tli(address, size), address // size, size)
+
+
+def _bad_checksum(start: int) -> str:
+    return f"incorrect resource manager data checksum in record at {format_lsn(start)}"
+
+
+def _bad_link(prev: int, start: int) -> str:
+    return f"record with incorrect prev-link {format_lsn(prev)} at {format_lsn(start)}"

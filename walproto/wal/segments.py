@@ -1,0 +1,176 @@
+"""The files in a directory of WAL: which there are, and what they hold.
+
+A segment is looked for under its name and under ``<name>.partial``, which is what pg_receivewal
+calls a file it is still writing.  Files are opened when first read and kept open, a few of them,
+for all who read.
+
+A primary recycles: it renames a segment it no longer needs to a future name and writes over it.
+Whoever has it open then reads other WAL than it asked for.  So behind every read the name is
+looked up once more, and what was read counts only if the name still stands for that very file
+(cf. ``CheckXLogRemoved``).  It costs a microsecond.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from pathlib import Path
+
+from walproto.errors import DataCorrupted, IoError, ReportedError, UndefinedFile
+from walproto.lsn import history_name, segment_name
+from walproto.wal.pages import LONG_HEADER, Identity, parse_identity
+
+_MAX_OPEN = 64
+"""How many segments are kept open."""
+
+
+class _OpenSegment:
+    """An open file and the name under which it was found."""
+
+    __slots__ = ("_identity", "fd", "path")
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        status = os.fstat(self.fd)
+        self._identity = (status.st_dev, status.st_ino)
+
+    def is_current(self) -> bool:
+        """Whether the name still stands for this file."""
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return False
+        return (status.st_dev, status.st_ino) == self._identity
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+class Segments:
+    """Reads the segments of one cluster, whose ``identity`` their first pages must show."""
+
+    def __init__(self, directory: Path, identity: Identity) -> None:
+        self.directory = directory
+        self._identity = identity
+        self._open: OrderedDict[tuple[int, int], _OpenSegment] = OrderedDict()
+
+    def name(self, tli: int, lsn: int) -> str:
+        """The name of the segment of ``tli`` that holds ``lsn``."""
+        size = self._identity.segment_size
+        return segment_name(tli, lsn // size, size)
+
+    def read(self, tli: int, lsn: int, size: int) -> bytes:
+        """At most ``size`` bytes from ``lsn``, as far as its segment goes; b"" if there is none.
+
+        For looking, not for sending: what is there is not checked, and no error is raised.
+        """
+        size = min(size, self._identity.segment_size - lsn % self._identity.segment_size)
+        buffer = bytearray(size)
+        try:
+            count = self._read_into(tli, lsn, memoryview(buffer))
+        except ReportedError:
+            return b""
+        return bytes(memoryview(buffer)[:count])
+
+    def read_into(self, tli: int, lsn: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with the WAL from ``lsn``, which must lie in one segment.
+
+        Raises UndefinedFile if the segment is not there, or no longer; DataCorrupted if the file
+        is too short or another cluster's; IoError if it cannot be read (``WALReadRaiseError``).
+        """
+        count = self._read_into(tli, lsn, buffer)
+        if count < len(buffer):
+            offset = lsn % self._identity.segment_size
+            raise DataCorrupted(
+                f"could not read from WAL segment {self.name(tli, lsn)}, offset {offset}: "
+                f"read {count} of {len(buffer)}",
+                log=f"{self.directory / self.name(tli, lsn)} is truncated: put back a whole copy",
+            )
+
+    def read_history(self, tli: int) -> bytes:
+        """The contents of the timeline's history file; UndefinedFile if there is none."""
+        name = history_name(tli)
+        try:
+            return (self.directory / name).read_bytes()
+        except OSError as error:
+            raise UndefinedFile(
+                f'could not open file "pg_wal/{name}": {error.strerror}',
+                log=f"{self.directory / name} is missing: copy it there from the server's pg_wal",
+            ) from None
+
+    def close(self) -> None:
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def _read_into(self, tli: int, lsn: int, buffer: memoryview) -> int:
+        segment_size = self._identity.segment_size
+        segno, offset = divmod(lsn, segment_size)
+        while True:
+            segment = self._segment(tli, segno)
+            count = 0
+            try:
+                while count < len(buffer):
+                    got = os.preadv(segment.fd, [buffer[count:]], offset + count)
+                    if not got:
+                        break
+                    count += got
+            except OSError as error:
+                raise IoError(
+                    f"could not read from WAL segment {self.name(tli, lsn)}, offset {offset}: "
+                    f"{error.strerror}",
+                    log=f"{segment.path}: {error.strerror}",
+                ) from None
+            if segment.is_current():
+                return count
+            self._forget(tli, segno)
+
+    def _segment(self, tli: int, segno: int) -> _OpenSegment:
+        key = (tli, segno)
+        segment = self._open.get(key)
+        if segment is None:
+            segment = self._open[key] = self._open_segment(tli, segno)
+            if len(self._open) > _MAX_OPEN:
+                self._open.popitem(last=False)[1].close()
+        else:
+            self._open.move_to_end(key)
+        return segment
+
+    def _forget(self, tli: int, segno: int) -> None:
+        self._open.pop((tli, segno)).close()
+
+    def _open_segment(self, tli: int, segno: int) -> _OpenSegment:
+        name = segment_name(tli, segno, self._identity.segment_size)
+        for path in (self.directory / name, self.directory / f"{name}.partial"):
+            try:
+                segment = _OpenSegment(str(path))
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise IoError(
+                    f'could not open file "pg_wal/{path.name}": {error.strerror}',
+                    log=f"{path}: {error.strerror}",
+                ) from None
+            try:
+                self._check(segment, segno)
+            except BaseException:
+                segment.close()
+                raise
+            return segment
+        raise UndefinedFile(
+            f"requested WAL segment {name} has already been removed",
+            log=f"{self.directory / name} is not there: restore it, or clone the client anew",
+        )
+
+    def _check(self, segment: _OpenSegment, segno: int) -> None:
+        """That the file is the cluster's; what is not WAL at all, the scan finds out."""
+        found = parse_identity(os.pread(segment.fd, LONG_HEADER.size, 0))
+        if found is None:
+            return
+        identity, _, _ = found
+        if identity.system_identifier != self._identity.system_identifier:
+            raise DataCorrupted(
+                "WAL file is from different database system: WAL file database system identifier "
+                f"is {identity.system_identifier}, expected {self._identity.system_identifier}",
+                log=f"{segment.path} belongs to another cluster: take it away",
+            )

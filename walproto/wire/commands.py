@@ -1,0 +1,349 @@
+"""Replication command text to values: PostgreSQL's grammar for replication commands.
+
+A scanner of one regular expression, then a recursive descent that follows ``repl_gram.y`` rule by
+rule; ``repl_scanner.l`` has the tokens.  Keywords are upper case only, names may be quoted or not,
+a trailing semicolon is allowed.  A text whose first word is no replication command is SQL, which a
+WAL sender for physical replication cannot run; that too is a value, :class:`Sql`.
+
+Errors are those of PostgreSQL, which says no more than ``syntax error``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from walproto.errors import CommandSyntaxError
+
+Option = str | int | None
+"""A generic option's value; None where only its name was given."""
+
+
+@dataclass(frozen=True, slots=True)
+class IdentifySystem:
+    tag = "IDENTIFY_SYSTEM"
+
+
+@dataclass(frozen=True, slots=True)
+class Show:
+    tag = "SHOW"
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class TimelineHistory:
+    tag = "TIMELINE_HISTORY"
+    tli: int
+
+
+@dataclass(frozen=True, slots=True)
+class StartReplication:
+    """``tli`` is None where the command names none: the server's current one."""
+
+    tag = "START_REPLICATION"
+    start_lsn: int
+    tli: int | None = None
+    slot: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StartLogicalReplication:
+    tag = "START_REPLICATION"
+    start_lsn: int
+    slot: str
+    options: Mapping[str, Option] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class CreateReplicationSlot:
+    """``plugin`` is None for a physical slot."""
+
+    tag = "CREATE_REPLICATION_SLOT"
+    slot: str
+    plugin: str | None = None
+    temporary: bool = False
+    options: Mapping[str, Option] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadReplicationSlot:
+    tag = "READ_REPLICATION_SLOT"
+    slot: str
+
+
+@dataclass(frozen=True, slots=True)
+class AlterReplicationSlot:
+    tag = "ALTER_REPLICATION_SLOT"
+    slot: str
+    options: Mapping[str, Option] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DropReplicationSlot:
+    tag = "DROP_REPLICATION_SLOT"
+    slot: str
+    wait: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BaseBackup:
+    tag = "BASE_BACKUP"
+    options: Mapping[str, Option] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class UploadManifest:
+    tag = "UPLOAD_MANIFEST"
+
+
+@dataclass(frozen=True, slots=True)
+class Sql:
+    tag = "SQL"
+    text: str
+
+
+Command = (
+    IdentifySystem
+    | Show
+    | TimelineHistory
+    | StartReplication
+    | StartLogicalReplication
+    | CreateReplicationSlot
+    | ReadReplicationSlot
+    | AlterReplicationSlot
+    | DropReplicationSlot
+    | BaseBackup
+    | UploadManifest
+    | Sql
+)
+
+_NAMEDATALEN = 64
+
+_SINCE = {"READ_REPLICATION_SLOT": 15, "ALTER_REPLICATION_SLOT": 17, "UPLOAD_MANIFEST": 17}
+"""Commands that came later than 13: the first major that knows them."""
+
+_COMMANDS = {
+    "IDENTIFY_SYSTEM",
+    "BASE_BACKUP",
+    "START_REPLICATION",
+    "CREATE_REPLICATION_SLOT",
+    "READ_REPLICATION_SLOT",
+    "DROP_REPLICATION_SLOT",
+    "ALTER_REPLICATION_SLOT",
+    "TIMELINE_HISTORY",
+    "SHOW",
+    "UPLOAD_MANIFEST",
+}
+_PHYSICAL_OPTIONS = {"RESERVE_WAL"}
+_LOGICAL_OPTIONS = {"EXPORT_SNAPSHOT", "NOEXPORT_SNAPSHOT", "USE_SNAPSHOT", "TWO_PHASE"}
+_KEYWORDS = (
+    _COMMANDS
+    | _PHYSICAL_OPTIONS
+    | _LOGICAL_OPTIONS
+    | {"SLOT", "LOGICAL", "PHYSICAL", "TIMELINE", "TEMPORARY", "WAIT"}
+)
+
+_TOKEN = re.compile(
+    r"""[ \t\n\r\f\v]*(?:
+        (?P<RECPTR>[0-9A-Fa-f]+/[0-9A-Fa-f]+)
+      | (?P<UCONST>[0-9]+)
+      | (?P<IDENT>[A-Za-z\x80-\U0010ffff_][A-Za-z\x80-\U0010ffff_0-9$]*)
+      | "(?P<QUOTED>(?:[^"]|"")*)"
+      | '(?P<SCONST>(?:[^']|'')*)'
+      | (?P<open>['"])
+      | (?P<char>.)
+      | (?P<END>\Z)
+    )""",
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def _syntax_error(message: str = "syntax error") -> CommandSyntaxError:
+    return CommandSyntaxError(message)
+
+
+class _Parser:
+    """One pass over the tokens; ``kind`` and ``text`` are those of the token looked at.
+
+    A keyword's or a character's kind is itself, any other token's is that of its group.
+    """
+
+    kind: str
+    text: str
+
+    def __init__(self, source: str, major: int) -> None:
+        self._source = source
+        self._major = major
+        self._position = 0
+        self.advance()
+
+    def advance(self) -> str:
+        """Go to the next token; the text of the one left behind."""
+        left = getattr(self, "text", "")
+        match = _TOKEN.match(self._source, self._position)
+        assert match is not None  # `char` and `END` match whatever the others do not
+        assert match.lastgroup is not None
+        kind, text = match.lastgroup, match[match.lastgroup]
+        self._position = match.end()
+        match kind:
+            case "open":
+                raise _syntax_error("unterminated quoted string")
+            case "char":
+                kind = text
+            case "IDENT" if text in _KEYWORDS:
+                kind = text
+            case "IDENT":
+                # downcase_truncate_identifier: ASCII letters only, cut to what a name can hold
+                text = re.sub("[A-Z]", lambda letter: letter[0].lower(), text)
+                text = _truncate(text)
+            case "QUOTED":
+                if '""' in text and self._major < 18:
+                    raise _syntax_error()  # to them the name ended there, and another began
+                kind, text = "IDENT", _truncate(text.replace('""', '"'))
+            case "SCONST":
+                text = text.replace("''", "'")
+        self.kind, self.text = kind, text
+        return left
+
+    def accept(self, kind: str) -> bool:
+        """Whether the token is of this kind; if so, it is left behind."""
+        if self.kind != kind:
+            return False
+        self.advance()
+        return True
+
+    def expect(self, kind: str) -> str:
+        if self.kind != kind:
+            raise _syntax_error()
+        return self.advance()
+
+    def uint32(self) -> int:
+        return int(self.expect("UCONST")) & 0xFFFFFFFF  # strtoul into a uint32 wraps around
+
+    def lsn(self) -> int:
+        high, low = (int(half, 16) & 0xFFFFFFFF for half in self.expect("RECPTR").split("/"))
+        return high << 32 | low  # each half is scanned into a uint32, which wraps around
+
+    def options(self) -> dict[str, Option]:
+        """``( name [value], ... )``, the generic option list of PostgreSQL 15 and newer."""
+        found: dict[str, Option] = {}
+        self.expect("(")
+        while True:
+            if self.kind not in _KEYWORDS and self.kind != "IDENT":
+                raise _syntax_error()
+            name = self.advance().lower()
+            value: Option = None
+            if self.kind in ("IDENT", "SCONST"):
+                value = self.advance()
+            elif self.kind == "UCONST":
+                value = self.uint32()
+            found[name] = value
+            if not self.accept(","):
+                self.expect(")")
+                return found
+
+
+def _truncate(name: str) -> str:
+    encoded = name.encode("utf-8", "surrogateescape")
+    return encoded[: _NAMEDATALEN - 1].decode("utf-8", "ignore") if len(encoded) > 63 else name
+
+
+def parse_command(text: str, major: int) -> Command:
+    """The command that ``text`` spells to a PostgreSQL of this major version.
+
+    Raises CommandSyntaxError with the messages of ``repl_gram.y`` and ``repl_scanner.l``.
+    """
+    parser = _Parser(text, major)
+    name = parser.kind
+    if name not in _COMMANDS or major < _SINCE.get(name, 0):
+        return Sql(text)
+    parser.advance()
+    command = _command(name, parser)
+    parser.accept(";")
+    parser.expect("END")
+    return command
+
+
+def _command(name: str, parser: _Parser) -> Command:
+    match name:
+        case "IDENTIFY_SYSTEM":
+            return IdentifySystem()
+        case "SHOW":
+            words = [parser.expect("IDENT")]
+            while parser.accept("."):
+                words.append(parser.expect("IDENT"))
+            return Show(".".join(words))
+        case "TIMELINE_HISTORY":
+            return TimelineHistory(_tli(parser))
+        case "START_REPLICATION":
+            return _start_replication(parser)
+        case "CREATE_REPLICATION_SLOT":
+            return _create_replication_slot(parser)
+        case "READ_REPLICATION_SLOT":
+            return ReadReplicationSlot(parser.expect("IDENT"))
+        case "DROP_REPLICATION_SLOT":
+            return DropReplicationSlot(parser.expect("IDENT"), parser.accept("WAIT"))
+        case "ALTER_REPLICATION_SLOT":
+            return AlterReplicationSlot(parser.expect("IDENT"), parser.options())
+        case "UPLOAD_MANIFEST":
+            return UploadManifest()
+        case _:
+            return BaseBackup(_base_backup_options(parser))
+
+
+def _tli(parser: _Parser) -> int:
+    tli = parser.uint32()
+    if tli == 0:
+        raise _syntax_error("invalid timeline 0")
+    return tli
+
+
+def _start_replication(parser: _Parser) -> StartReplication | StartLogicalReplication:
+    slot = parser.expect("IDENT") if parser.accept("SLOT") else None
+    if slot is not None and parser.accept("LOGICAL"):
+        start_lsn = parser.lsn()
+        options = _plugin_options(parser) if parser.kind == "(" else {}
+        return StartLogicalReplication(start_lsn, slot, options)
+    parser.accept("PHYSICAL")
+    start_lsn = parser.lsn()
+    tli = _tli(parser) if parser.accept("TIMELINE") else None
+    return StartReplication(start_lsn, tli, slot)
+
+
+def _plugin_options(parser: _Parser) -> dict[str, Option]:
+    """``( name ['value'], ... )``: options of an output plugin, whose values are strings."""
+    found: dict[str, Option] = {}
+    parser.expect("(")
+    while True:
+        name = parser.expect("IDENT")
+        found[name] = parser.advance() if parser.kind == "SCONST" else None
+        if not parser.accept(","):
+            parser.expect(")")
+            return found
+
+
+def _create_replication_slot(parser: _Parser) -> CreateReplicationSlot:
+    slot = parser.expect("IDENT")
+    temporary = parser.accept("TEMPORARY")
+    plugin = None
+    if not parser.accept("PHYSICAL"):
+        parser.expect("LOGICAL")
+        plugin = parser.expect("IDENT")
+    if parser.kind == "(":
+        return CreateReplicationSlot(slot, plugin, temporary, parser.options())
+    options: dict[str, Option] = {}
+    while parser.kind in (_PHYSICAL_OPTIONS if plugin is None else _LOGICAL_OPTIONS):
+        options[parser.advance().lower()] = None
+    return CreateReplicationSlot(slot, plugin, temporary, options)
+
+
+def _base_backup_options(parser: _Parser) -> dict[str, Option]:
+    """Either style; what the legacy words mean need not be known to refuse them all."""
+    if parser.kind == "(":
+        return parser.options()
+    options: dict[str, Option] = {}
+    while parser.kind == "IDENT":
+        name = parser.advance()
+        options[name] = parser.advance() if parser.kind in ("SCONST", "UCONST") else None
+    return options

@@ -1,0 +1,117 @@
+"""What travels inside CopyData while WAL is streamed.
+
+The constructs are the declarations, in the order and with the names of the PostgreSQL
+documentation, chapter "Streaming Replication Protocol".  Building one takes microseconds, so what
+is sent or read for every piece of WAL also has a precompiled :class:`struct.Struct` beside it;
+a test holds the two against each other.
+
+Times are microseconds since 2000-01-01 00:00 UTC and signed, LSNs unsigned, all big-endian.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from construct import Const, Flag, GreedyBytes, Int32ub, Int64sb, Int64ub
+from construct import Struct as Declaration
+
+from walproto.errors import ProtocolViolation
+
+POSTGRES_EPOCH = 946_684_800
+"""2000-01-01 00:00 UTC in seconds of the Unix epoch."""
+
+XLogData = Declaration(
+    "type" / Const(b"w"),
+    "data_start" / Int64ub,
+    "wal_end" / Int64ub,
+    "send_time" / Int64sb,
+    "data" / GreedyBytes,
+)
+PrimaryKeepalive = Declaration(
+    "type" / Const(b"k"), "wal_end" / Int64ub, "send_time" / Int64sb, "reply_requested" / Flag
+)
+StandbyStatusUpdate = Declaration(
+    "type" / Const(b"r"),
+    "write_lsn" / Int64ub,
+    "flush_lsn" / Int64ub,
+    "apply_lsn" / Int64ub,
+    "reply_time" / Int64sb,
+    "reply_requested" / Flag,
+)
+HotStandbyFeedback = Declaration(
+    "type" / Const(b"h"),
+    "reply_time" / Int64sb,
+    "xmin" / Int32ub,
+    "xmin_epoch" / Int32ub,
+    "catalog_xmin" / Int32ub,
+    "catalog_xmin_epoch" / Int32ub,
+)
+
+XLOG_DATA_HEADER = struct.Struct(">cIcQQq")
+"""CopyData's type byte and length, then XLogData up to its data: one header, 30 bytes."""
+
+_KEEPALIVE = struct.Struct(">cIcQq?")
+_STATUS_UPDATE = struct.Struct(">QQQqB")
+_FEEDBACK = struct.Struct(">qIIII")
+
+
+def postgres_time(unix_time: float) -> int:
+    """Seconds of the Unix epoch as microseconds since 2000-01-01 UTC (``GetCurrentTimestamp``)."""
+    return int((unix_time - POSTGRES_EPOCH) * 1_000_000)
+
+
+def pack_xlog_data_header(
+    buffer: bytearray, data_start: int, wal_end: int, send_time: int, size: int
+) -> None:
+    """Write the header of a CopyData with an XLogData of ``size`` bytes to ``buffer``'s start."""
+    XLOG_DATA_HEADER.pack_into(buffer, 0, b"d", size + 29, b"w", data_start, wal_end, send_time)
+
+
+def keepalive(wal_end: int, send_time: int, reply_requested: bool) -> bytes:
+    """A CopyData with a primary keepalive message."""
+    return _KEEPALIVE.pack(b"d", 22, b"k", wal_end, send_time, reply_requested)
+
+
+@dataclass(frozen=True, slots=True)
+class StatusUpdate:
+    """A standby status update: how far the client is, each the last byte + 1, 0 if unknown."""
+
+    write_lsn: int
+    flush_lsn: int
+    apply_lsn: int
+    reply_time: int
+    reply_requested: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """Hot standby feedback: the oldest transaction IDs a standby still needs, 0 if none."""
+
+    reply_time: int
+    xmin: int
+    xmin_epoch: int
+    catalog_xmin: int
+    catalog_xmin_epoch: int
+
+
+def parse_standby_message(data: bytes | memoryview) -> StatusUpdate | Feedback:
+    """What a client sent inside CopyData while it is streaming.
+
+    Bytes behind the declared ones are ignored, as PostgreSQL does.  Raises ProtocolViolation:
+    an ERROR for a message that is too short, FATAL for one of an unknown type
+    (``ProcessStandbyMessage`` in ``walsender.c``).
+    """
+    if not data:
+        raise ProtocolViolation("no data left in message")
+    try:
+        match data[0]:
+            case 0x72:
+                write, flush, apply, time, requested = _STATUS_UPDATE.unpack_from(data, 1)
+                return StatusUpdate(write, flush, apply, time, bool(requested))
+            case 0x68:
+                return Feedback(*_FEEDBACK.unpack_from(data, 1))
+            case unknown:
+                raise ProtocolViolation(f'unexpected message type "{chr(unknown)}"', fatal=True)
+    except struct.error:
+        raise ProtocolViolation("insufficient data left in message") from None
