@@ -6,14 +6,16 @@ What is wrong with the options ends the program with one line on standard error 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import ClassVar
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.endpoints import serverFromString
-from twisted.internet.interfaces import IListeningPort, IStreamServerEndpoint
+from twisted.internet.interfaces import IListeningPort, IReactorFromThreads, IStreamServerEndpoint
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.python.usage import Options as UsageOptions
@@ -122,11 +124,13 @@ class WalSenderService(Service):
 
     def __init__(
         self,
+        reactor: IReactorFromThreads,
         timeline: WalDirectory,
         factory: WalSenderFactory,
         endpoints: Sequence[tuple[str, IStreamServerEndpoint]],
         shutdown_timeout: float,
     ) -> None:
+        self._reactor = reactor
         self._timeline = timeline
         self._factory = factory
         self._endpoints = endpoints
@@ -147,11 +151,23 @@ class WalSenderService(Service):
 
     def stopService(self) -> Deferred[None]:
         super().stopService()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._hurry)
         return Deferred.fromCoroutine(self._stop())
+
+    def _hurry(self, number: int, frame: FrameType | None) -> None:
+        """A second signal: wait for nobody."""
+        self._reactor.callFromThread(self._factory.abort_all)
 
     async def _stop(self) -> None:
         for port in self._ports:
             await maybeDeferred(port.stopListening)
+        if self._factory.connections:
+            self._log.info(
+                "waiting up to {seconds:g} s for {count} clients to confirm what they were sent",
+                seconds=self._shutdown_timeout,
+                count=len(self._factory.connections),
+            )
         await self._factory.shut_down(self._shutdown_timeout)
         self._timeline.stop()
 
@@ -175,4 +191,10 @@ def makeService(options: Options) -> WalSenderService:
             raise SystemExit(
                 f'twist walsender: --listen: "{description}" is not an endpoint: {error}'
             ) from None
-    return WalSenderService(timeline, factory, endpoints, options["wal-sender-shutdown-timeout"])
+    return WalSenderService(
+        IReactorFromThreads(reactor),
+        timeline,
+        factory,
+        endpoints,
+        options["wal-sender-shutdown-timeout"],
+    )

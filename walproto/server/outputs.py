@@ -229,6 +229,11 @@ def send_copy_done(events: Events, session: Session) -> None:
     session.connection.write(messages.CopyDone.build())
 
 
+def send_copy_done_and_close(events: Events, session: Session, tag: bytes, contents: bytes) -> None:
+    send_copy_done(events, session)
+    close(events, session)
+
+
 def answer_copy_done(events: Events, session: Session, tag: bytes, contents: bytes) -> None:
     send_copy_done(events, session)
     end_stream(events, session, tag, contents)

@@ -95,6 +95,9 @@ class Listener(Protocol):
     def failed(self, error: ReportedError) -> None:
         """WAL cannot be sent on from here."""
 
+    def broken(self) -> None:
+        """An exception was raised that is none of ours; it is the one being handled."""
+
     def caught_up(self) -> None:
         """While finishing: all there is has been sent."""
 
@@ -195,18 +198,22 @@ class WalProducer:
         tli, start = replica.tli, replica.sent_lsn
         try:
             wal_end = timeline.end_of(tli)
+            sendable_to = timeline.sendable_to(tli, start)
             if start >= wal_end:
                 if tli != timeline.history.tli:
                     self._listener.timeline_ended()
                 elif self.is_finishing:
                     self._listener.caught_up()
                 return False
-            end = self._cut(start, timeline.sendable_to(tli, start))
+            end = self._cut(start, sendable_to)
             if end <= start:
                 return False
             message = self._piece.load(tli, start, end, wal_end, self._now())
         except ReportedError as error:
             self._listener.failed(error)
+            return False
+        except Exception:
+            self._listener.broken()
             return False
         replica.sent_lsn = end
         self._send(message)

@@ -13,7 +13,7 @@ import os
 from typing import Any
 
 from twisted.internet.address import UNIXAddress
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime, ITCPTransport
 from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.logger import Logger
@@ -92,15 +92,14 @@ class WalSenderProtocol(Protocol):
         try:
             self._session.receive(data)
         except Exception:
-            self._log.failure("a defect in walproto: disconnecting {peer}", peer=self.peer)
-            self._session.fail(InternalError("internal error in the WAL sender", fatal=True))
+            self.broken()
         if self._session.is_greeted and not self._session.is_closed:
             self._stop_timer()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.factory.connection_gone(self)
         self._session.events.connection_lost()
         self._stop_timer()
-        self.factory.connection_gone(self)
 
     # --- for the service to call -----------------------------------------------------------
 
@@ -191,11 +190,11 @@ class WalSenderProtocol(Protocol):
     def report(self, error: ReportedError) -> None:
         log = self._log.debug if isinstance(error, CannotConnectNow) else self._log.warn
         log(
-            "{peer}: {severity} {sqlstate}: {message}{more}",
+            "{peer}: {severity} {sqlstate}: {text}{more}",
             peer=self.peer,
             severity=error.severity,
             sqlstate=error.sqlstate,
-            message=error.message,
+            text=error.message,
             more=f" ({error.log})" if error.log else "",
         )
 
@@ -206,7 +205,7 @@ class WalSenderProtocol(Protocol):
         self.transport.unregisterProducer()
         self.transport.loseConnection()
         self._stop_timer()
-        self._timer = self._clock.callLater(LINGER, self.abort)
+        self._timer = self._clock.callLater(LINGER, self._lingered)
 
     # --- Listener, for the producer to call ------------------------------------------------
 
@@ -215,6 +214,10 @@ class WalSenderProtocol(Protocol):
 
     def failed(self, error: ReportedError) -> None:
         self._session.fail(error)
+
+    def broken(self) -> None:
+        self._log.failure("a defect in walproto: disconnecting {peer}", peer=self.peer)
+        self._session.fail(InternalError("internal error in the WAL sender", fatal=True))
 
     def caught_up(self) -> None:
         replica = self._replica
@@ -230,6 +233,10 @@ class WalSenderProtocol(Protocol):
     def _send_keepalive(self, reply_requested: bool) -> None:
         if self._producer is not None:
             self._producer.send_keepalive(reply_requested)
+
+    def _lingered(self) -> None:
+        self._timer = None
+        self.abort()
 
     def _authentication_timed_out(self) -> None:
         self._timer = None
@@ -256,16 +263,17 @@ class WalSenderFactory(Factory):
         self.piece = Piece(timeline)
         self.connections: dict[int, WalSenderProtocol] = {}
         self._pids = itertools.count(1)
-        self._emptied: Deferred[None] | None = None
+        self._awaiting_none: list[Deferred[None]] = []
 
     def buildProtocol(self, addr: object) -> Any:
         return WalSenderProtocol(self, next(self._pids))
 
     def connection_gone(self, connection: WalSenderProtocol) -> None:
         self.connections.pop(connection.pid, None)
-        if not self.connections and self._emptied is not None:
-            emptied, self._emptied = self._emptied, None
-            emptied.callback(None)
+        if not self.connections:
+            awaiting, self._awaiting_none = self._awaiting_none, []
+            for deferred in awaiting:
+                deferred.callback(None)
 
     def shut_down(self, timeout: float) -> Deferred[None]:
         """Send clients what may be sent, tell them, and wait until they are gone.
@@ -273,21 +281,21 @@ class WalSenderFactory(Factory):
         After ``timeout`` seconds those that have not confirmed are disconnected all the same.
         The Deferred fires with None when no connection is left.
         """
-        self._emptied = emptied = Deferred[None]()
         for connection in list(self.connections.values()):
             connection.shut_down()
         if not self.connections:
-            self._emptied = None
-            emptied.callback(None)
-            return emptied
-        last_call = self.clock.callLater(timeout, self._abort_all)
+            return succeed(None)
+        none_left = Deferred[None]()
+        self._awaiting_none.append(none_left)
+        last_call = self.clock.callLater(timeout, self.abort_all)
 
         def done(result: None) -> None:
             if last_call.active():
                 last_call.cancel()
 
-        return emptied.addCallback(done)
+        return none_left.addCallback(done)
 
-    def _abort_all(self) -> None:
+    def abort_all(self) -> None:
+        """Disconnect everybody now."""
         for connection in list(self.connections.values()):
             connection.abort()

@@ -71,7 +71,7 @@ class Session:
             messages.CopyDone: self.events.copy_done,
             messages.CopyFail: self.events.copy_fail,
             messages.Terminate: self.events.terminate,
-            messages.AuthenticationResponse: self.events.password,
+            messages.PasswordMessage: self.events.password,
             messages.FunctionCall: self.events.function_call,
         }
         self._event_of_tag = {
@@ -167,12 +167,11 @@ stream_ended.upon(E.shutdown_requested).to(closed)(do.tell_shutdown_and_close)
 
 stopping.upon(E.replica_confirmed).to(closed)(do.tell_end_and_close)
 stopping.upon(E.timeline_ended).to(closed)(do.tell_end_and_close)
-stopping.upon(E.copy_done).to(closed)(do.tell_end_and_close)
+stopping.upon(E.copy_done).to(closed)(do.send_copy_done_and_close)
 stopping.upon(E.shutdown_requested).loop()(do.ignore)
 
 for _state in (streaming, stream_ended, stopping):
     _state.upon(E.copy_data).loop()(do.hear_replica)
-    _state.upon(E.cancelled).to(idle)(do.tell_cancellation)
     _state.upon(E.terminate).to(closed)(do.close)
     for _message in (
         *(E.query, E.sync, E.flush, E.copy_fail),
@@ -183,6 +182,10 @@ for _state in (streaming, stream_ended, stopping):
 for _state in (starting, authenticating, idle, skipping):
     _state.upon(E.cancelled).loop()(do.ignore)
     _state.upon(E.shutdown_requested).to(closed)(do.tell_shutdown_and_close)
+
+for _state in (streaming, stream_ended):
+    _state.upon(E.cancelled).to(idle)(do.tell_cancellation)
+stopping.upon(E.cancelled).to(closed)(do.tell_shutdown_and_close)
 
 for _state in (idle, streaming, stream_ended):
     _state.upon(E.failed).to(idle)(do.tell_error)

@@ -103,8 +103,12 @@ _ENCODING_NAMES = {name.replace("_", "").lower(): name for name in _ENCODINGS.sp
 _UNITS = {"us": 0.001, "ms": 1.0, "": 1.0, "s": 1000.0, "min": 60e3, "h": 3600e3, "d": 86400e3}
 _MAX_INT = 2**31 - 1
 _NUMBER = re.compile(
-    r"\s*([+-]?(?:0[xX][0-9a-fA-F]+|[0-9]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?))\s*(\w*)\s*\Z", re.ASCII
+    r"""\s*+([+-]?(?:0[xX][0-9a-fA-F]++|(?:[0-9]++\.?[0-9]*+|\.[0-9]++)(?:[eE][+-]?[0-9]++)?))
+        \s*+(\w*+)\s*+\Z""",
+    re.ASCII | re.VERBOSE,
 )
+"""A number and its unit.  Its quantifiers are possessive, for a long text is not to be tried in
+more than one way."""
 
 
 class Settings:
@@ -162,6 +166,8 @@ class Settings:
         check = _CHECKS.get(canonical)
         if check is not None:
             value = check(value)
+        if canonical == "application_name":
+            value = _clean_ascii(value, self._major)
         if canonical == "wal_sender_timeout":
             self.wal_sender_timeout = parse_milliseconds(canonical, value) / 1000
         self._values[canonical] = value
@@ -196,7 +202,7 @@ def parse_milliseconds(name: str, text: str) -> int:
     Raises InvalidParameterValue (FATAL) for what is none, or is not in 0 .. 2**31 - 1.
     """
     match = _NUMBER.match(text)
-    if match is None or not any(digit.isdigit() for digit in match[1]):
+    if match is None:
         raise _invalid(name, text)
     number, unit = match.groups()
     if unit not in _UNITS:
@@ -206,9 +212,9 @@ def parse_milliseconds(name: str, text: str) -> int:
             hint='Valid units for this parameter are "us", "ms", "s", "min", "h", and "d".',
         )
     if re.fullmatch("[+-]?0[xX].*", number):
-        value = float(int(number, 16))
+        value = float(_clamp(int(number, 16)))
     elif re.fullmatch("[+-]?0[0-7]+", number):
-        value = float(int(number, 8))
+        value = float(_clamp(int(number, 8)))
     else:
         value = float(number)
     value *= _UNITS[unit]
@@ -222,6 +228,11 @@ def parse_milliseconds(name: str, text: str) -> int:
             fatal=True,
         )
     return milliseconds
+
+
+def _clamp(number: int) -> int:
+    """The number, or one that is out of range like it and yet a float can hold."""
+    return max(-(2**64), min(number, 2**64))
 
 
 def format_milliseconds(milliseconds: int) -> str:
@@ -270,12 +281,15 @@ def _check_date_style(value: str) -> str:
     return f"{style}, {order}"
 
 
-def _check_name(value: str) -> str:
-    return value.encode("utf-8", "surrogateescape")[:63].decode("utf-8", "ignore")
+def _clean_ascii(name: str, major: int) -> str:
+    """A name cut to what one can hold, without what would spoil a log (``pg_clean_ascii``)."""
+    return "".join(
+        chr(byte) if 32 <= byte < 127 else f"\\x{byte:02x}" if major >= 16 else "?"
+        for byte in name.encode("utf-8", "surrogateescape")[:63]
+    )
 
 
 _CHECKS: dict[str, Callable[[str], str]] = {
-    "application_name": _check_name,
     "client_encoding": _check_encoding,
     "DateStyle": _check_date_style,
     "wal_sender_timeout": _check_timeout,

@@ -19,8 +19,8 @@ from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 from zope.interface import implementer
 
-from walproto.errors import CannotConnectNow, InternalError, UndefinedFile
-from walproto.lsn import format_lsn, history_name, segment_name
+from walproto.errors import CannotConnectNow, DataCorrupted, InternalError, UndefinedFile
+from walproto.lsn import PAGE_SIZE, format_lsn, history_name, segment_name
 from walproto.timeline.history import History
 from walproto.timeline.interfaces import ITimeline
 from walproto.timeline.proofs import Proofs
@@ -28,11 +28,14 @@ from walproto.timeline.replicas import Replicas
 from walproto.timeline.survey import load_history, newer_timelines, survey
 from walproto.timeline.tail import Tail
 from walproto.timeline.watch import DirectoryWatch
-from walproto.wal.pages import Identity
+from walproto.wal.pages import Identity, parse_identity
 from walproto.wal.segments import Segments
 
 STEP = 256 * 1024
 """Bytes of WAL walked over in one turn of the reactor: a few milliseconds of it."""
+
+SETTLING = 2.0
+"""Seconds after which a directory's time stamp tells of every change before it."""
 
 
 @implementer(ITimeline)
@@ -56,10 +59,13 @@ class WalDirectory:
         self._next_step: IDelayedCall | None = None
         self._ready = False
         self._waiting_for = ""
-        self._directory_stamp = 0
+        self._said: set[str] = set()
+        self._directory_stamp = 0.0
         self._tail: Tail | None = None
         self._newer: Tail | None = None
         self._proven_from = 0
+        self._stopped_at = 0
+        self._damage: DataCorrupted | None = None
 
     def start(self) -> None:
         """Begin to watch the directory, and to look for the end of its WAL."""
@@ -101,11 +107,16 @@ class WalDirectory:
     def sendable_to(self, tli: int, lsn: int) -> int:
         end = self.end_of(tli)
         if lsn >= end:
+            if self._damage is not None and tli == self.history.tli:
+                raise self._damage.with_traceback(None)  # it is raised more than once
             return end
         size = self.identity.segment_size
         if self.history.file_tli(lsn, size) < tli:
             name = segment_name(tli, lsn // size, size)
-            raise UndefinedFile(f"requested WAL segment {name} has already been removed")
+            raise UndefinedFile(
+                f"requested WAL segment {name} has already been removed",
+                log=f"{self.directory / name}, LSN {format_lsn(lsn)}: the timeline begins later",
+            )
         if lsn >= self._proven_from:
             return end
         proven = self._proofs.proven_to(lsn)
@@ -141,6 +152,10 @@ class WalDirectory:
         if self._tail is tail:
             self._publish(tail)
         progress = before != (self._tail, self.commit_lsn)
+        if progress:
+            self._damage = None
+        elif self._ready and not more:
+            progress = self._look_beyond(self._tail or tail)
         if self._ready and self._proofs.is_busy:
             more |= self._proofs.advance(STEP)
             progress = True
@@ -184,8 +199,9 @@ class WalDirectory:
         )
 
     def _wait_for(self, what: str) -> None:
-        if what != self._waiting_for:
-            self._waiting_for = what
+        self._waiting_for = what
+        if what not in self._said:
+            self._said.add(what)
             self._log.warn("{what}", what=what)
 
     def _adopt(self, tail: Tail) -> None:
@@ -206,6 +222,38 @@ class WalDirectory:
             end = min(end, ancestor.switch_lsn) if ancestor else end
         if self._ready:
             self.commit_lsn = max(self.commit_lsn, end)
+
+    def _look_beyond(self, tail: Tail) -> bool:
+        """The walk has stopped.  If the next segment is there all the same, WAL is damaged where
+        it stopped, or missing; whether that is news.
+
+        It takes two looks: when the next segment was begun, this one had been finished before, but
+        perhaps only after we had looked at it.
+        """
+        size = self.identity.segment_size
+        here, beyond = tail.position, (tail.position // size + 1) * size
+        found = parse_identity(self._segments.read(self._file_tli(beyond), beyond, 64))
+        if found is None or found[0] != self.identity or found[2] != beyond:
+            self._stopped_at, self._damage = 0, None
+            return False
+        if here != self._stopped_at:
+            self._stopped_at, self._damage = here, None
+            self.look()
+            return False
+        if self._damage is not None:
+            return False
+        path = self.directory / self._segments.name(self._file_tli(here), here)
+        if (
+            len(self._segments.read(self._file_tli(here), here - here % PAGE_SIZE, PAGE_SIZE))
+            < PAGE_SIZE
+        ):
+            self._wait_for(f"{path} is missing or not complete, though later segments are there")
+            return False
+        self._damage = DataCorrupted(
+            tail.reason, log=f"{path}, LSN {format_lsn(tail.end)}: damaged: restore it"
+        )
+        self._wait_for(f"{path} is damaged at {format_lsn(tail.end)}: {tail.reason}: restore it")
+        return True
 
     def _follow_newer_timelines(self, tail: Tail) -> bool:
         """Look for a newer timeline and go over to it once it is here; whether there is more to
@@ -229,10 +277,12 @@ class WalDirectory:
         """Begin to follow the newest timeline of which there is a history file and WAL."""
         size = self.identity.segment_size
         try:
-            stamp = self.directory.stat().st_mtime_ns
+            stamp = self.directory.stat().st_mtime
             if stamp == self._directory_stamp:
                 return
-            self._directory_stamp = stamp
+            # What changes in the same tick of the file system's clock leaves the same stamp.
+            settled = self._clock.seconds() - stamp > SETTLING
+            self._directory_stamp = stamp if settled else 0.0
             for tli in newer_timelines(self.directory, current):
                 if self._newer is not None and self._newer.history.tli == tli:
                     return
@@ -243,8 +293,9 @@ class WalDirectory:
                 if self._segments.read(tli, start, 1):
                     self._newer = Tail(self._segments, self.identity, history, start)
                     return
+                self._directory_stamp = 0.0  # the history may still be written, without a stamp
         except (OSError, ValueError) as error:
-            self._directory_stamp = 0  # it may be a file that is still being written
+            self._directory_stamp = 0.0  # it may be a file that is still being written
             self._wait_for(f"cannot follow newer timelines in {self.directory}: {error}")
 
     def _file_tli(self, lsn: int) -> int:

@@ -9,6 +9,7 @@ remembered, for all clients.  It is done in slices, so that nobody waits for a w
 from __future__ import annotations
 
 from walproto.errors import DataCorrupted
+from walproto.lsn import format_lsn
 from walproto.timeline.history import History
 from walproto.wal.pages import Identity
 from walproto.wal.scan import Scanner
@@ -50,10 +51,13 @@ class Proofs:
         elif segno in self._damaged and scanner.end <= lsn:
             # Told once, forgotten: by the next time somebody asks, the file may be mended.
             del self._damaged[segno]
-            name = self._segments.name(self._file_tli(lsn), lsn)
+            tli = self._file_tli(lsn)
+            self._segments.read_into(tli, lsn, memoryview(bytearray(1)))  # or is it gone by now?
             raise DataCorrupted(
                 scanner.reason,
-                log=f"{self._segments.directory / name} is damaged: restore it from a good copy",
+                log=f"{self._segments.directory / self._segments.name(tli, lsn)}, "
+                f"LSN {format_lsn(scanner.end)}: damaged: restore it from a good copy, "
+                "and the next one too if the record goes on there",
             )
         return scanner.end
 

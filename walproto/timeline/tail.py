@@ -34,6 +34,11 @@ class Tail:
         return self._scanner.end
 
     @property
+    def position(self) -> int:
+        """How far the walk has come, be it in the middle of a record."""
+        return self._scanner.position
+
+    @property
     def is_found(self) -> bool:
         """Whether there is a record at all, so that :attr:`end` means something."""
         return self._scanner.last_record is not None

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.internet.interfaces import IDelayedCall, IReactorFDSet, IReactorTime
 from twisted.logger import Logger
 from twisted.python.filepath import FilePath
 
@@ -48,11 +48,24 @@ class DirectoryWatch:
 
     def _start_inotify(self) -> Any:
         """The inotify descriptor, being read; None where there is none to be had."""
+        notifier: Any = None
         try:
+            if not IReactorFDSet.providedBy(self._clock):
+                raise OSError("the reactor cannot wait for it")
             from twisted.internet import inotify
 
             notifier = inotify.INotify(self._clock)
-        except (ImportError, OSError, AttributeError) as error:
+            notifier.watch(
+                FilePath(bytes(self._directory)),
+                mask=inotify.IN_MODIFY
+                | inotify.IN_CREATE
+                | inotify.IN_MOVED_TO
+                | inotify.IN_DELETE,
+                callbacks=[lambda *_: self._changed()],
+            )
+        except Exception as error:  # INotifyError is no OSError, and cannot be imported everywhere
+            if notifier is not None:
+                notifier.connectionLost(None)
             self._log.info(
                 "no inotify here ({error}): looking for new WAL every {seconds} s",
                 error=error,
@@ -60,11 +73,6 @@ class DirectoryWatch:
             )
             return None
         notifier.startReading()
-        notifier.watch(
-            FilePath(bytes(self._directory)),
-            mask=inotify.IN_MODIFY | inotify.IN_CREATE | inotify.IN_MOVED_TO | inotify.IN_DELETE,
-            callbacks=[lambda *_: self._changed()],
-        )
         return notifier
 
     def _schedule(self) -> None:

@@ -8,7 +8,8 @@ then goes on from where it was, which may be in the middle of a record.
 :attr:`Scanner.end` is the end of the last good record; nothing behind it has been proven to be
 WAL.  A live segment's tail is zeros, or what a recycled file held before, or a record of which
 only some pages have been written: all the same, a stop.  Whatever was read of an unfinished record
-is not trusted later on: if the record then turns out wrong, it is read once more from its start.
+is not trusted later on: if the record then turns out wrong, it is read once more from its start;
+and so it is, unless it is long, as long as nothing follows what was read of it.
 
 Two things look like the end of WAL and are not.  Behind an XLOG_SWITCH record the rest of the
 segment is zeros, without page headers, and the next record begins the next segment.  And a record
@@ -59,6 +60,9 @@ class Line(Protocol):
 
 WINDOW = 16 * PAGE_SIZE
 """Bytes read at a time."""
+
+REREAD = 64 * PAGE_SIZE
+"""Bytes of an unfinished record that are read anew whenever nothing has come behind them."""
 
 _RECORD_HEADER_SIZE = RECORD_HEADER.size
 _ZEROS = bytes(PAGE_SIZE)
@@ -119,13 +123,17 @@ class Scanner:
                     offset = base % self._identity.segment_size
                     raise _Stop(
                         f"could not read from WAL segment {self._segment(base)}, "
-                        f"offset {offset}: read {len(window)} of {PAGE_SIZE}"
+                        f"LSN {format_lsn(base)}, offset {offset}: "
+                        f"read {len(window)} of {PAGE_SIZE}"
                     )
                 for offset in range(0, len(window) - PAGE_SIZE + 1, PAGE_SIZE):
                     self._walk_page(window[offset : offset + PAGE_SIZE], base + offset)
             except _Again:
                 continue
             except _Stop as stop:
+                if self._missing and not self._begun_now and base - self._record <= REREAD:
+                    self._once_more("")
+                    continue
                 self.reason = str(stop)
                 return False
         return True
@@ -150,7 +158,7 @@ class Scanner:
         continues = info & XLP_FIRST_IS_CONTRECORD
         if self._missing:
             if info & self._identity.wal_format.first_is_overwrite_contrecord:
-                self._missing = 0
+                self._missing, self._headless = 0, False
             elif not continues:
                 raise self._once_more(f"there is no contrecord flag at {format_lsn(address)}")
             elif rem_len != self._missing:
@@ -267,7 +275,7 @@ class Scanner:
         it may still hold what it held when it was recycled."""
         if bytes(page[offset:]) != _ZEROS[offset:]:
             self._position = address + offset
-            raise _Stop(f"no zeros behind the XLOG_SWITCH record in {self._segment(address)} yet")
+            raise _Stop(f"no zeros behind the XLOG_SWITCH record {self._where(address)}, yet")
         if address + PAGE_SIZE == self._zeros_to:
             self.end, self._zeros_to = self._zeros_to, 0
 

@@ -14,11 +14,15 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from walproto.errors import DataCorrupted, IoError, ReportedError, UndefinedFile
-from walproto.lsn import history_name, segment_name
+from walproto.lsn import format_lsn, history_name, segment_name
 from walproto.wal.pages import LONG_HEADER, Identity, parse_identity
+
+Result = TypeVar("Result")
 
 _MAX_OPEN = 64
 """How many segments are kept open."""
@@ -36,7 +40,10 @@ class _OpenSegment:
         self._identity = (status.st_dev, status.st_ino)
 
     def is_current(self) -> bool:
-        """Whether the name still stands for this file."""
+        """Whether the name still stands for this file, and no complete one is there instead."""
+        complete = self.path.removesuffix(".partial")
+        if complete != self.path and os.path.exists(complete):
+            return False
         try:
             status = os.stat(self.path)
         except OSError:
@@ -66,12 +73,10 @@ class Segments:
         For looking, not for sending: what is there is not checked, and no error is raised.
         """
         size = min(size, self._identity.segment_size - lsn % self._identity.segment_size)
-        buffer = bytearray(size)
         try:
-            count = self._read_into(tli, lsn, memoryview(buffer))
+            return self._read(tli, lsn, lambda fd, offset: os.pread(fd, size, offset))
         except ReportedError:
             return b""
-        return bytes(memoryview(buffer)[:count])
 
     def read_into(self, tli: int, lsn: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the WAL from ``lsn``, which must lie in one segment.
@@ -79,13 +84,13 @@ class Segments:
         Raises UndefinedFile if the segment is not there, or no longer; DataCorrupted if the file
         is too short or another cluster's; IoError if it cannot be read (``WALReadRaiseError``).
         """
-        count = self._read_into(tli, lsn, buffer)
+        count = self._read(tli, lsn, lambda fd, offset: os.preadv(fd, [buffer], offset))
         if count < len(buffer):
             offset = lsn % self._identity.segment_size
             raise DataCorrupted(
                 f"could not read from WAL segment {self.name(tli, lsn)}, offset {offset}: "
                 f"read {count} of {len(buffer)}",
-                log=f"{self.directory / self.name(tli, lsn)} is truncated: put back a whole copy",
+                log=f"{self._place(tli, lsn)}: truncated: put back a whole copy",
             )
 
     def read_history(self, tli: int) -> bytes:
@@ -103,33 +108,28 @@ class Segments:
         while self._open:
             self._open.popitem()[1].close()
 
-    def _read_into(self, tli: int, lsn: int, buffer: memoryview) -> int:
-        segment_size = self._identity.segment_size
-        segno, offset = divmod(lsn, segment_size)
+    def _read(self, tli: int, lsn: int, read: Callable[[int, int], Result]) -> Result:
+        """What ``read`` returns, called with the segment's file descriptor and the offset."""
+        segno, offset = divmod(lsn, self._identity.segment_size)
         while True:
-            segment = self._segment(tli, segno)
-            count = 0
+            segment = self._segment(tli, lsn)
             try:
-                while count < len(buffer):
-                    got = os.preadv(segment.fd, [buffer[count:]], offset + count)
-                    if not got:
-                        break
-                    count += got
+                result = read(segment.fd, offset)
             except OSError as error:
                 raise IoError(
                     f"could not read from WAL segment {self.name(tli, lsn)}, offset {offset}: "
                     f"{error.strerror}",
-                    log=f"{segment.path}: {error.strerror}",
+                    log=f"{self._place(tli, lsn)}: {error.strerror}",
                 ) from None
             if segment.is_current():
-                return count
+                return result
             self._forget(tli, segno)
 
-    def _segment(self, tli: int, segno: int) -> _OpenSegment:
-        key = (tli, segno)
+    def _segment(self, tli: int, lsn: int) -> _OpenSegment:
+        key = (tli, lsn // self._identity.segment_size)
         segment = self._open.get(key)
         if segment is None:
-            segment = self._open[key] = self._open_segment(tli, segno)
+            segment = self._open[key] = self._open_segment(tli, lsn)
             if len(self._open) > _MAX_OPEN:
                 self._open.popitem(last=False)[1].close()
         else:
@@ -139,8 +139,8 @@ class Segments:
     def _forget(self, tli: int, segno: int) -> None:
         self._open.pop((tli, segno)).close()
 
-    def _open_segment(self, tli: int, segno: int) -> _OpenSegment:
-        name = segment_name(tli, segno, self._identity.segment_size)
+    def _open_segment(self, tli: int, lsn: int) -> _OpenSegment:
+        name = self.name(tli, lsn)
         for path in (self.directory / name, self.directory / f"{name}.partial"):
             try:
                 segment = _OpenSegment(str(path))
@@ -149,22 +149,29 @@ class Segments:
             except OSError as error:
                 raise IoError(
                     f'could not open file "pg_wal/{path.name}": {error.strerror}',
-                    log=f"{path}: {error.strerror}",
+                    log=f"{self._place(tli, lsn)}: {error.strerror}",
                 ) from None
             try:
-                self._check(segment, segno)
+                self._check(segment, tli, lsn)
             except BaseException:
                 segment.close()
                 raise
             return segment
         raise UndefinedFile(
             f"requested WAL segment {name} has already been removed",
-            log=f"{self.directory / name} is not there: restore it, or clone the client anew",
+            log=f"{self._place(tli, lsn)}: not there: restore it, or clone the client anew",
         )
 
-    def _check(self, segment: _OpenSegment, segno: int) -> None:
+    def _check(self, segment: _OpenSegment, tli: int, lsn: int) -> None:
         """That the file is the cluster's; what is not WAL at all, the scan finds out."""
-        found = parse_identity(os.pread(segment.fd, LONG_HEADER.size, 0))
+        try:
+            found = parse_identity(os.pread(segment.fd, LONG_HEADER.size, 0))
+        except OSError as error:
+            raise IoError(
+                f"could not read from WAL segment {self.name(tli, lsn)}, offset 0: "
+                f"{error.strerror}",
+                log=f"{self._place(tli, lsn)}: {error.strerror}",
+            ) from None
         if found is None:
             return
         identity, _, _ = found
@@ -172,5 +179,9 @@ class Segments:
             raise DataCorrupted(
                 "WAL file is from different database system: WAL file database system identifier "
                 f"is {identity.system_identifier}, expected {self._identity.system_identifier}",
-                log=f"{segment.path} belongs to another cluster: take it away",
+                log=f"{self._place(tli, lsn)}: it belongs to another cluster: take it away",
             )
+
+    def _place(self, tli: int, lsn: int) -> str:
+        """Which file, and where in the WAL, for the log."""
+        return f"{self.directory / self.name(tli, lsn)}, LSN {format_lsn(lsn)}"

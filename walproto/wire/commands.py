@@ -144,19 +144,22 @@ _KEYWORDS = (
     | {"SLOT", "LOGICAL", "PHYSICAL", "TIMELINE", "TEMPORARY", "WAIT"}
 )
 
-_TOKEN = re.compile(
-    r"""[ \t\n\r\f\v]*(?:
-        (?P<RECPTR>[0-9A-Fa-f]+/[0-9A-Fa-f]+)
-      | (?P<UCONST>[0-9]+)
-      | (?P<IDENT>[A-Za-z\x80-\U0010ffff_][A-Za-z\x80-\U0010ffff_0-9$]*)
-      | "(?P<QUOTED>(?:[^"]|"")*)"
-      | '(?P<SCONST>(?:[^']|'')*)'
+# Quantifiers are possessive (``*+``), for a long text is not to be tried in more than one way.
+_TOKEN = r"""[%s]*+(?:
+        (?P<RECPTR>[0-9A-Fa-f]++/[0-9A-Fa-f]++)
+      | (?P<UCONST>[0-9]++)
+      | (?P<IDENT>[A-Za-z\x80-\U0010ffff_][A-Za-z\x80-\U0010ffff_0-9$]*+)
+      | "(?P<QUOTED>(?:[^"]|"")*+)"
+      | '(?P<SCONST>(?:[^']|'')*+)'
       | (?P<open>['"])
       | (?P<char>.)
       | (?P<END>\Z)
-    )""",
-    re.VERBOSE | re.DOTALL,
-)
+    )"""
+_TOKEN_SINCE = [
+    (since, re.compile(_TOKEN % space, re.VERBOSE | re.DOTALL))
+    for since, space in ((17, r" \t\n\r\f\v"), (15, r" \t\n\r\f"), (0, r" \t\n"))
+]
+"""What a token is, with the white space before it, and since which major."""
 
 
 def _syntax_error(message: str = "syntax error") -> CommandSyntaxError:
@@ -174,14 +177,15 @@ class _Parser:
 
     def __init__(self, source: str, major: int) -> None:
         self._source = source
-        self._major = major
+        self.major = major
+        self._token = next(token for since, token in _TOKEN_SINCE if major >= since)
         self._position = 0
         self.advance()
 
     def advance(self) -> str:
         """Go to the next token; the text of the one left behind."""
         left = getattr(self, "text", "")
-        match = _TOKEN.match(self._source, self._position)
+        match = self._token.match(self._source, self._position)
         assert match is not None  # `char` and `END` match whatever the others do not
         assert match.lastgroup is not None
         kind, text = match.lastgroup, match[match.lastgroup]
@@ -195,10 +199,9 @@ class _Parser:
                 kind = text
             case "IDENT":
                 # downcase_truncate_identifier: ASCII letters only, cut to what a name can hold
-                text = re.sub("[A-Z]", lambda letter: letter[0].lower(), text)
-                text = _truncate(text)
+                text = re.sub("[A-Z]+", lambda letters: letters[0].lower(), _truncate(text))
             case "QUOTED":
-                if '""' in text and self._major < 18:
+                if '""' in text and self.major < 18:
                     raise _syntax_error()  # to them the name ended there, and another began
                 kind, text = "IDENT", _truncate(text.replace('""', '"'))
             case "SCONST":
@@ -219,11 +222,11 @@ class _Parser:
         return self.advance()
 
     def uint32(self) -> int:
-        return int(self.expect("UCONST")) & 0xFFFFFFFF  # strtoul into a uint32 wraps around
+        return _uint32(self.expect("UCONST"), 10)
 
     def lsn(self) -> int:
-        high, low = (int(half, 16) & 0xFFFFFFFF for half in self.expect("RECPTR").split("/"))
-        return high << 32 | low  # each half is scanned into a uint32, which wraps around
+        high, low = self.expect("RECPTR").split("/")
+        return _uint32(high, 16) << 32 | _uint32(low, 16)
 
     def options(self) -> dict[str, Option]:
         """``( name [value], ... )``, the generic option list of PostgreSQL 15 and newer."""
@@ -244,6 +247,11 @@ class _Parser:
                 return found
 
 
+def _uint32(digits: str, base: int) -> int:
+    """What C makes of them: strtoul stops at 2**64 - 1, and a uint32 takes the low half of it."""
+    return min(int(digits.lstrip("0")[:21] or "0", base), 2**64 - 1) & 0xFFFFFFFF
+
+
 def _truncate(name: str) -> str:
     encoded = name.encode("utf-8", "surrogateescape")
     return encoded[: _NAMEDATALEN - 1].decode("utf-8", "ignore") if len(encoded) > 63 else name
@@ -257,6 +265,8 @@ def parse_command(text: str, major: int) -> Command:
     parser = _Parser(text, major)
     name = parser.kind
     if name not in _COMMANDS or major < _SINCE.get(name, 0):
+        if major < 15 and name != "IDENT" and name not in _SINCE:
+            raise _syntax_error()  # to them SQL begins with a word
         return Sql(text)
     parser.advance()
     command = _command(name, parser)
@@ -330,7 +340,7 @@ def _create_replication_slot(parser: _Parser) -> CreateReplicationSlot:
     if not parser.accept("PHYSICAL"):
         parser.expect("LOGICAL")
         plugin = parser.expect("IDENT")
-    if parser.kind == "(":
+    if parser.kind == "(" and parser.major >= 15:
         return CreateReplicationSlot(slot, plugin, temporary, parser.options())
     options: dict[str, Option] = {}
     while parser.kind in (_PHYSICAL_OPTIONS if plugin is None else _LOGICAL_OPTIONS):
@@ -339,9 +349,10 @@ def _create_replication_slot(parser: _Parser) -> CreateReplicationSlot:
 
 
 def _base_backup_options(parser: _Parser) -> dict[str, Option]:
-    """Either style; what the legacy words mean need not be known to refuse them all."""
-    if parser.kind == "(":
-        return parser.options()
+    """Generic options or, up to 14, words, of which it need not be known what they mean to refuse
+    them all."""
+    if parser.major >= 15:
+        return parser.options() if parser.kind == "(" else {}
     options: dict[str, Option] = {}
     while parser.kind == "IDENT":
         name = parser.advance()

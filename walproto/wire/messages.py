@@ -16,6 +16,7 @@ them is on the hot path, see :mod:`walproto.wire.replication` for what is.
 
 from __future__ import annotations
 
+from io import SEEK_CUR
 from typing import Any
 
 from construct import (
@@ -32,9 +33,9 @@ from construct import (
     Int16ub,
     Int32sb,
     Int32ub,
-    NullTerminated,
     PrefixedArray,
     RepeatUntil,
+    StreamError,
     Struct,
     Terminated,
     this,
@@ -45,11 +46,31 @@ from walproto.errors import ProtocolViolation
 SMALL_LIMIT = 10_000
 """Bytes: the limit of messages that have no business being large, as in PostgreSQL."""
 
-LARGE_LIMIT = 2 << 20
-"""Bytes: the limit of the others, where PostgreSQL takes 1 GB."""
+LARGE_LIMIT = 65_536
+"""Bytes: the limit of the others, where PostgreSQL takes 1 GB: no replication command or reply is
+nearly as long, and one of this length is read in a moment."""
 
 MAX_STARTUP_PACKET_LENGTH = 10_000
 """Bytes, without the length word (``MAX_STARTUP_PACKET_LENGTH`` in ``pqcomm.h``)."""
+
+
+class _UntilNul(Construct):  # type: ignore[misc]
+    """The bytes before a NUL.  construct's own NullTerminated takes them one by one, in a time that
+    grows with the square of their number."""
+
+    def _parse(self, stream: Any, context: Any, path: Any) -> bytes:
+        found = bytearray()
+        while chunk := stream.read(1024):
+            end = chunk.find(b"\0")
+            if end >= 0:
+                stream.seek(end + 1 - len(chunk), SEEK_CUR)
+                return bytes(found + chunk[:end])
+            found += chunk
+        raise StreamError("a String does not end", path=path)
+
+    def _build(self, obj: bytes, stream: Any, context: Any, path: Any) -> bytes:
+        stream.write(obj + b"\0")
+        return obj
 
 
 class _Text(Adapter):  # type: ignore[misc]
@@ -75,7 +96,7 @@ class _Nullable(Adapter):  # type: ignore[misc]
         return {"length": -1 if obj is None else len(obj), "value": obj}
 
 
-String = _Text(NullTerminated(GreedyBytes))
+String = _Text(_UntilNul())
 Column = _Nullable(Struct("length" / Int32sb, "value" / If(this.length >= 0, Bytes(this.length))))
 Frame = Struct("type" / Bytes(1), "length" / Int32ub, "contents" / GreedyBytes)
 
@@ -113,7 +134,7 @@ class Message:
 AuthenticationOk = Message("AuthenticationOk", b"R", "status" / Const(0, Int32ub))
 BackendKeyData = Message("BackendKeyData", b"K", "process_id" / Int32ub, "secret_key" / GreedyBytes)
 CommandComplete = Message("CommandComplete", b"C", "command_tag" / String)
-CopyDone = Message("CopyDone", b"c", limit=SMALL_LIMIT)
+CopyDone = Message("CopyDone", b"c", limit=SMALL_LIMIT)  # from the frontend, too
 CopyBothResponse = Message(
     "CopyBothResponse",
     b"W",
@@ -147,24 +168,23 @@ Field = Struct(
 RowDescription = Message("RowDescription", b"T", "fields" / PrefixedArray(Int16ub, Field))
 
 # --- From the frontend: what we are sent, behind the startup packet ------------------------------
-
-CopyData = Message("CopyData", b"d", "data" / GreedyBytes, limit=LARGE_LIMIT)
-CopyFail = Message("CopyFail", b"f", "reason" / String, limit=SMALL_LIMIT)
-Query = Message("Query", b"Q", "query" / String, limit=LARGE_LIMIT)
-Sync = Message("Sync", b"S", limit=SMALL_LIMIT)
-Flush = Message("Flush", b"H", limit=SMALL_LIMIT)
-Terminate = Message("Terminate", b"X", limit=SMALL_LIMIT)
-AuthenticationResponse = Message(
-    "PasswordMessage", b"p", "data" / GreedyBytes, limit=65_535
-)  # also SASLInitialResponse, SASLResponse and GSSResponse: the method decides
-
 # The extended query protocol and function calls are refused whatever they hold.
+
 Bind = Message("Bind", b"B", "contents" / GreedyBytes, limit=LARGE_LIMIT)
 Close = Message("Close", b"C", "contents" / GreedyBytes, limit=SMALL_LIMIT)
+CopyData = Message("CopyData", b"d", "data" / GreedyBytes, limit=LARGE_LIMIT)
+CopyFail = Message("CopyFail", b"f", "reason" / String, limit=SMALL_LIMIT)
 Describe = Message("Describe", b"D", "contents" / GreedyBytes, limit=SMALL_LIMIT)
 Execute = Message("Execute", b"E", "contents" / GreedyBytes, limit=SMALL_LIMIT)
+Flush = Message("Flush", b"H", limit=SMALL_LIMIT)
 FunctionCall = Message("FunctionCall", b"F", "contents" / GreedyBytes, limit=LARGE_LIMIT)
 Parse = Message("Parse", b"P", "contents" / GreedyBytes, limit=LARGE_LIMIT)
+PasswordMessage = Message(
+    "PasswordMessage", b"p", "data" / GreedyBytes, limit=65_535
+)  # also SASLInitialResponse, SASLResponse and GSSResponse: the method decides
+Query = Message("Query", b"Q", "query" / String, limit=LARGE_LIMIT)
+Sync = Message("Sync", b"S", limit=SMALL_LIMIT)
+Terminate = Message("Terminate", b"X", limit=SMALL_LIMIT)
 
 FRONTEND: dict[bytes, Message] = {
     message.tag: message
@@ -179,7 +199,7 @@ FRONTEND: dict[bytes, Message] = {
         Flush,
         FunctionCall,
         Parse,
-        AuthenticationResponse,
+        PasswordMessage,
         Query,
         Sync,
         Terminate,

@@ -114,4 +114,7 @@ def parse_standby_message(data: bytes | memoryview) -> StatusUpdate | Feedback:
             case unknown:
                 raise ProtocolViolation(f'unexpected message type "{chr(unknown)}"', fatal=True)
     except struct.error:
-        raise ProtocolViolation("insufficient data left in message") from None
+        # PostgreSQL reads field by field, and a byte in other words than an integer.
+        lacks_a_byte = data[0] == 0x72 and len(data) == _STATUS_UPDATE.size
+        what = "no data" if lacks_a_byte else "insufficient data"
+        raise ProtocolViolation(f"{what} left in message") from None
