@@ -18,6 +18,7 @@ producer, bytes.  A module imports only from those above it in this list:
 - :mod:`walproto.timeline.survey`: a first look at a directory
 - :mod:`walproto.timeline.tail`: the end of WAL, followed
 - :mod:`walproto.timeline.proofs`: older WAL, proven before it is sent
+- :mod:`walproto.timeline.succession`: the timeline that comes next
 - :mod:`walproto.timeline.watch`: tells when a directory changes
 - :mod:`walproto.timeline.directory`: a timeline that lives in a directory
 - :mod:`walproto.server.settings`: configuration parameters

@@ -20,22 +20,20 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from walproto.errors import CannotConnectNow, DataCorrupted, InternalError, UndefinedFile
-from walproto.lsn import PAGE_SIZE, format_lsn, history_name, segment_name
+from walproto.lsn import format_lsn, segment_name
 from walproto.timeline.history import History
 from walproto.timeline.interfaces import ITimeline
 from walproto.timeline.proofs import Proofs
 from walproto.timeline.replicas import Replicas
-from walproto.timeline.survey import load_history, newer_timelines, survey
+from walproto.timeline.succession import Succession
+from walproto.timeline.survey import survey
 from walproto.timeline.tail import Tail
 from walproto.timeline.watch import DirectoryWatch
-from walproto.wal.pages import Identity, parse_identity
+from walproto.wal.pages import Identity
 from walproto.wal.segments import Segments
 
 STEP = 256 * 1024
 """Bytes of WAL walked over in one turn of the reactor: a few milliseconds of it."""
-
-SETTLING = 2.0
-"""Seconds after which a directory's time stamp tells of every change before it."""
 
 
 @implementer(ITimeline)
@@ -60,10 +58,9 @@ class WalDirectory:
         self._ready = False
         self._waiting_for = ""
         self._said: set[str] = set()
-        self._directory_stamp = 0.0
         self._tail: Tail | None = None
         self._newer: Tail | None = None
-        self._proven_from = 0
+        self._walked_from = 0
         self._stopped_at = 0
         self._damage: DataCorrupted | None = None
 
@@ -117,7 +114,7 @@ class WalDirectory:
                 f"requested WAL segment {name} has already been removed",
                 log=f"{self.directory / name}, LSN {format_lsn(lsn)}: the timeline begins later",
             )
-        if lsn >= self._proven_from:
+        if lsn >= self._walked_from:
             return end
         proven = self._proofs.proven_to(lsn)
         if self._proofs.is_busy:
@@ -149,13 +146,13 @@ class WalDirectory:
             more |= self._follow_newer_timelines(tail)
         elif not more:
             self._begin_to_serve(tail)
-        if self._tail is tail:
+        if self._ready and self._tail is tail:
             self._publish(tail)
-        progress = before != (self._tail, self.commit_lsn)
+        progress = self._ready and before != (self._tail, self.commit_lsn)
         if progress:
             self._damage = None
         elif self._ready and not more:
-            progress = self._look_beyond(self._tail or tail)
+            progress = self._look_behind(self._tail or tail)
         if self._ready and self._proofs.is_busy:
             more |= self._proofs.advance(STEP)
             progress = True
@@ -180,6 +177,7 @@ class WalDirectory:
         self.identity = found.identity
         self._first_lsn = found.first_lsn
         self._segments = Segments(self.directory, found.identity)
+        self._succession = Succession(self.directory, self._segments, found.identity, self._clock)
         self._tail = Tail(self._segments, found.identity, found.history, found.last_lsn)
         return self._tail
 
@@ -187,6 +185,8 @@ class WalDirectory:
         """The walk has come to the end of WAL, if there is any WAL."""
         if not tail.is_found:
             self._wait_for(f"there is no whole WAL record in {self.directory} yet: {tail.reason}")
+            self._segments.close()
+            self._tail = None  # what comes next may be elsewhere: look at all of it again
             return
         self._ready = True
         self._adopt(tail)
@@ -210,7 +210,7 @@ class WalDirectory:
         self._newer = None
         self.history = tail.history
         self.commit_lsn = tail.end
-        self._proven_from = tail.start
+        self._walked_from = tail.start
         self._proofs = Proofs(self._segments, self.identity, tail.history)
 
     def _publish(self, tail: Tail) -> None:
@@ -220,83 +220,55 @@ class WalDirectory:
             # It is known where this timeline ends, though not yet what comes after.
             ancestor = self._newer.history.ancestor(tail.history.tli)
             end = min(end, ancestor.switch_lsn) if ancestor else end
-        if self._ready:
-            self.commit_lsn = max(self.commit_lsn, end)
+        self.commit_lsn = max(self.commit_lsn, end)
+        size = self.identity.segment_size
+        while self._walked_from + size <= self.commit_lsn:
+            self._proofs.add(self._walked_from // size)
+            self._walked_from += size
 
-    def _look_beyond(self, tail: Tail) -> bool:
-        """The walk has stopped.  If the next segment is there all the same, WAL is damaged where
-        it stopped, or missing; whether that is news.
+    def _look_behind(self, tail: Tail) -> bool:
+        """The walk has stopped.  If WAL goes on behind all the same, it is damaged where the walk
+        stopped, or missing; whether that is news.
 
         It takes two looks: when the next segment was begun, this one had been finished before, but
         perhaps only after we had looked at it.
         """
-        size = self.identity.segment_size
-        here, beyond = tail.position, (tail.position // size + 1) * size
-        found = parse_identity(self._segments.read(self._file_tli(beyond), beyond, 64))
-        if found is None or found[0] != self.identity or found[2] != beyond:
+        if not tail.goes_on_behind():
             self._stopped_at, self._damage = 0, None
-            return False
-        if here != self._stopped_at:
-            self._stopped_at, self._damage = here, None
+        elif tail.position != self._stopped_at:
+            self._stopped_at, self._damage = tail.position, None
             self.look()
-            return False
-        if self._damage is not None:
-            return False
-        path = self.directory / self._segments.name(self._file_tli(here), here)
-        if (
-            len(self._segments.read(self._file_tli(here), here - here % PAGE_SIZE, PAGE_SIZE))
-            < PAGE_SIZE
-        ):
-            self._wait_for(f"{path} is missing or not complete, though later segments are there")
-            return False
-        self._damage = DataCorrupted(
-            tail.reason, log=f"{path}, LSN {format_lsn(tail.end)}: damaged: restore it"
-        )
-        self._wait_for(f"{path} is damaged at {format_lsn(tail.end)}: {tail.reason}: restore it")
-        return True
+        elif self._damage is None:
+            path = self.directory / tail.file_name()
+            if not tail.page_is_there():
+                self._wait_for(f"{path} is missing or not complete, though later ones are there")
+                return False
+            where = f"{path}, LSN {format_lsn(tail.end)}: damaged"
+            self._wait_for(f"{where}: {tail.reason}: restore it")
+            self._damage = DataCorrupted(tail.reason, log=f"{where}: restore it")
+            return True
+        return False
 
     def _follow_newer_timelines(self, tail: Tail) -> bool:
         """Look for a newer timeline and go over to it once it is here; whether there is more to
         walk over at once."""
-        self._look_for_newer_timelines(tail.history.tli)
-        newer = self._newer
+        try:
+            self._newer = newer = self._succession.look(tail.history, self._newer)
+        except (OSError, ValueError) as error:
+            self._wait_for(f"cannot follow newer timelines in {self.directory}: {error}")
+            newer = self._newer
         if newer is None:
             return False
         more = newer.advance(STEP)
         if newer.is_found and newer.end >= newer.history.start_lsn:
             self._log.info(
-                "timeline {old} ended at {switch}: now serving timeline {new}",
-                old=tail.history.tli,
+                "now serving timeline {new}, which branched off timeline {old} at {switch}",
+                old=newer.history.ancestors[-1].tli,
                 switch=format_lsn(newer.history.start_lsn),
                 new=newer.history.tli,
             )
             self._adopt(newer)
         return more
-
-    def _look_for_newer_timelines(self, current: int) -> None:
-        """Begin to follow the newest timeline of which there is a history file and WAL."""
-        size = self.identity.segment_size
-        try:
-            stamp = self.directory.stat().st_mtime
-            if stamp == self._directory_stamp:
-                return
-            # What changes in the same tick of the file system's clock leaves the same stamp.
-            settled = self._clock.seconds() - stamp > SETTLING
-            self._directory_stamp = stamp if settled else 0.0
-            for tli in newer_timelines(self.directory, current):
-                if self._newer is not None and self._newer.history.tli == tli:
-                    return
-                history = load_history(self.directory, tli)
-                start = history.start_lsn // size * size
-                if not history.ancestors:
-                    raise ValueError(f"{history_name(tli)} names no timeline before {tli}")
-                if self._segments.read(tli, start, 1):
-                    self._newer = Tail(self._segments, self.identity, history, start)
-                    return
-                self._directory_stamp = 0.0  # the history may still be written, without a stamp
-        except (OSError, ValueError) as error:
-            self._directory_stamp = 0.0  # it may be a file that is still being written
-            self._wait_for(f"cannot follow newer timelines in {self.directory}: {error}")
 
     def _file_tli(self, lsn: int) -> int:
         return self.history.file_tli(lsn, self.identity.segment_size)

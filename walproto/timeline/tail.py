@@ -7,8 +7,9 @@ does it step back, a segment at a time, to where there is one.
 
 from __future__ import annotations
 
+from walproto.lsn import PAGE_SIZE
 from walproto.timeline.history import History
-from walproto.wal.pages import Identity
+from walproto.wal.pages import LONG_HEADER, Identity, parse_identity
 from walproto.wal.scan import Scanner
 from walproto.wal.segments import Segments
 
@@ -58,6 +59,22 @@ class Tail:
             self._scanner = self._scanner_from(before)
             return True
         return False
+
+    def goes_on_behind(self) -> bool:
+        """Whether the next segment has been begun although the walk stopped before it."""
+        beyond = (self.position // self._identity.segment_size + 1) * self._identity.segment_size
+        found = parse_identity(self._read(beyond, LONG_HEADER.size))
+        return found is not None and found[0] == self._identity and found[2] == beyond
+
+    def page_is_there(self) -> bool:
+        """Whether there is a whole page where the walk stopped, be it right or wrong."""
+        page = self.position - self.position % PAGE_SIZE
+        return len(self._read(page, PAGE_SIZE)) == PAGE_SIZE
+
+    def file_name(self) -> str:
+        """The name of the segment in which the walk stopped."""
+        size = self._identity.segment_size
+        return self._segments.name(self.history.file_tli(self.position, size), self.position)
 
     def _scanner_from(self, start: int) -> Scanner:
         return Scanner(self._identity, self.history, start, self._read)

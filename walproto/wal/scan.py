@@ -93,6 +93,7 @@ class Scanner:
         # _missing, _position is the start of a page.
         self._record = start
         self._headless = False
+        self._passed_over = False
         self._header = bytearray()
         self._crc = 0
         self._missing = 0
@@ -103,6 +104,9 @@ class Scanner:
         """The LSN behind the last good record; ``start`` if there is none yet."""
         self.last_record: int | None = None
         """The LSN of the last good record; None if there is none yet."""
+        self.head: tuple[int, int] | None = None
+        """Where the record that was passed over begins and ends, by the link in the first one
+        behind it, be that one good or not; None if there was none."""
         self.reason = ""
         """Why the walk stopped, in PostgreSQL's words."""
 
@@ -239,7 +243,7 @@ class Scanner:
             return PAGE_SIZE
         end = (end + 7) & ~7
         if self._headless:
-            self._headless = False
+            self._headless, self._passed_over = False, True
             self.end = address + end
             return end
         _, _, _, info, rmid, crc = RECORD_HEADER.unpack(self._header)
@@ -281,7 +285,10 @@ class Scanner:
 
     def _may_follow(self, prev: int, start: int) -> bool:
         """Whether the link can be right although we have not seen the record before."""
-        return self.last_record is None and prev < start
+        if self.last_record is not None or prev >= start:
+            return False
+        self.head = (prev, start) if self._passed_over else None
+        return True
 
     def _once_more(self, reason: str) -> _Again | _Stop:
         """Go back to the start of the unfinished record: try again if some of it was read

@@ -23,6 +23,8 @@ from walproto.lsn import format_lsn, history_name, segment_name
 from walproto.wal.pages import LONG_HEADER, Identity, parse_identity
 
 Result = TypeVar("Result")
+Stamp = tuple[int, int, int, int]
+"""Device, inode, size in bytes, and time of the last change in nanoseconds."""
 
 _MAX_OPEN = 64
 """How many segments are kept open."""
@@ -39,16 +41,17 @@ class _OpenSegment:
         status = os.fstat(self.fd)
         self._identity = (status.st_dev, status.st_ino)
 
-    def is_current(self) -> bool:
-        """Whether the name still stands for this file, and no complete one is there instead."""
+    def status(self) -> os.stat_result | None:
+        """The file's status; None if the name no longer stands for it, or a complete one has come
+        to stand beside a ``.partial``."""
         complete = self.path.removesuffix(".partial")
         if complete != self.path and os.path.exists(complete):
-            return False
+            return None
         try:
             status = os.stat(self.path)
         except OSError:
-            return False
-        return (status.st_dev, status.st_ino) == self._identity
+            return None
+        return status if (status.st_dev, status.st_ino) == self._identity else None
 
     def close(self) -> None:
         os.close(self.fd)
@@ -93,6 +96,19 @@ class Segments:
                 log=f"{self._place(tli, lsn)}: truncated: put back a whole copy",
             )
 
+    def stamp(self, tli: int, lsn: int) -> Stamp | None:
+        """What changes when the segment's file is written to or another takes its place; None if
+        there is no such file."""
+        for _ in range(2):
+            try:
+                status = self._segment(tli, lsn).status()
+            except ReportedError:
+                return None
+            if status is not None:
+                return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+            self._forget(tli, lsn // self._identity.segment_size)
+        return None
+
     def read_history(self, tli: int) -> bytes:
         """The contents of the timeline's history file; UndefinedFile if there is none."""
         name = history_name(tli)
@@ -121,7 +137,7 @@ class Segments:
                     f"{error.strerror}",
                     log=f"{self._place(tli, lsn)}: {error.strerror}",
                 ) from None
-            if segment.is_current():
+            if segment.status() is not None:
                 return result
             self._forget(tli, segno)
 

@@ -1,0 +1,123 @@
+"""Timelines: what history files say, and which timeline has which page and which file."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.wal_builder import MB, PAGE, WalBuilder
+from walproto.timeline.history import Ancestor, History, parse_history
+
+SEGMENT = 16 * MB
+
+
+def test_a_first_timeline_has_no_history() -> None:
+    history = History(1)
+    assert history.start_lsn == 0
+    assert history.ancestor(1) is None
+    assert history.page_tli(0) == history.page_tli(2**64 - 1) == 1
+    assert history.file_tli(5 * SEGMENT, SEGMENT) == 1
+
+
+def test_history_files_are_read_as_postgres_writes_them() -> None:
+    contents = (
+        b"1\t0/867B130\tno recovery target specified\n"
+        b"\n"
+        b"2\t1/A0000000\tbefore 2000-01-01 00:00:00+00\n"
+    )
+    history = parse_history(5, contents)
+    assert history == History(5, (Ancestor(1, 0x867B130, 2), Ancestor(2, 0x1_A000_0000, 5)))
+    assert history.start_lsn == 0x1_A000_0000
+    assert history.ancestor(1) == Ancestor(1, 0x867B130, 2)
+    assert history.ancestor(2) == Ancestor(2, 0x1_A000_0000, 5)
+    assert history.ancestor(5) is history.ancestor(3) is None
+
+
+def test_comments_blanks_and_reasons_do_not_matter() -> None:
+    contents = (
+        b"# a comment\n\n   \n  1  0/30000060\n\t# 7\n2 0/400000f8 at restore point \xe9\xff\r\n"
+    )
+    assert parse_history(3, contents) == History(
+        3, (Ancestor(1, 0x3000_0060, 2), Ancestor(2, 0x4000_00F8, 3))
+    )
+
+
+def test_nothing_is_no_ancestors() -> None:
+    assert parse_history(4, b"") == parse_history(4, b"#\n\n") == History(4)
+
+
+@pytest.mark.parametrize(
+    ("contents", "what"),
+    [
+        (b"one\t0/1000000\tx", "expected a timeline ID"),
+        (b"-1\t0/1000000\tx", "expected a timeline ID"),
+        (b"\xd9\xa1\t0/1000000\tx", "expected a timeline ID"),
+        (b"\0\0\0\0\0\0", "expected a timeline ID"),
+        (b"1\n", "expected a switchpoint"),
+        (b"1\t0:1000000\tx", "invalid LSN"),
+        (b"1\t0/123456789\tx", "invalid LSN"),
+        (b"0\t0/1000000\tx", "IDs must increase"),
+        (b"2\t0/1000000\tx\n2\t0/2000000\tx", "IDs must increase"),
+        (b"2\t0/1000000\tx\n1\t0/2000000\tx", "IDs must increase"),
+        (b"3\t0/1000000\tx", "IDs must be less than the child's, 3"),
+        (b"4\t0/1000000\tx", "IDs must be less than the child's, 3"),
+    ],
+)
+def test_what_is_no_history_is_told(contents: bytes, what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        parse_history(3, contents)
+
+
+@given(st.integers(1, 9), st.binary(max_size=200))
+def test_anything_else_is_a_value_error(tli: int, contents: bytes) -> None:
+    try:
+        history = parse_history(tli, contents)
+    except ValueError:
+        return
+    assert history.tli == tli
+    assert all(ancestor.tli < ancestor.next_tli <= tli for ancestor in history.ancestors)
+
+
+switches = st.lists(st.integers(1, 2**60).map(lambda lsn: lsn * 8), max_size=5).map(sorted)
+
+
+@given(switches, st.integers(0, 2**64 - 1))
+def test_pages_belong_to_the_timeline_that_wrote_them(lsns: list[int], address: int) -> None:
+    lines = [f"{tli}\t{lsn >> 32:X}/{lsn & 0xFFFFFFFF:X}\tx\n" for tli, lsn in enumerate(lsns, 1)]
+    history = parse_history(len(lsns) + 1, "".join(lines).encode())
+    address -= address % PAGE
+    # The page in which a timeline begins had been begun by the one before.
+    assert history.page_tli(address) == 1 + sum(lsn <= address for lsn in lsns)
+    assert [history.ancestor(tli) for tli in range(1, len(lsns) + 1)] == [
+        Ancestor(tli, lsn, tli + 1) for tli, lsn in enumerate(lsns, 1)
+    ]
+
+
+def test_files_are_those_of_the_last_timeline_that_has_them() -> None:
+    history = History(
+        3, (Ancestor(1, 5 * SEGMENT + 100, 2), Ancestor(2, 5 * SEGMENT + PAGE + 8, 3))
+    )
+    assert history.file_tli(4 * SEGMENT, SEGMENT) == 1
+    assert history.file_tli(5 * SEGMENT - 1, SEGMENT) == 1
+    assert history.file_tli(5 * SEGMENT, SEGMENT) == 3
+    assert history.page_tli(5 * SEGMENT) == 1
+    assert history.page_tli(5 * SEGMENT + PAGE) == 2
+    assert history.page_tli(5 * SEGMENT + 2 * PAGE) == 3
+
+
+def test_a_switch_where_a_segment_ends_leaves_that_segment_alone() -> None:
+    history = History(2, (Ancestor(1, 5 * SEGMENT, 2),))
+    assert history.file_tli(5 * SEGMENT - 1, SEGMENT) == 1
+    assert history.file_tli(5 * SEGMENT, SEGMENT) == 2
+
+
+def test_what_was_built_is_read() -> None:
+    wal = WalBuilder()
+    wal.record(1000)
+    first = wal.lsn
+    child = wal.fork(2)
+    child.record(1000)
+    second = child.lsn
+    history = parse_history(4, child.fork(4).history_contents)
+    assert history == History(4, (Ancestor(1, first, 2), Ancestor(2, second, 4)))
