@@ -449,6 +449,17 @@ class PastTheTransport(SynchronousTestCase):
         self.assertEqual(transport.fake_socket.sends, 5)
         self.assertEqual(sending.wal, timeline.wal)
 
+    def test_keepalives_without_end_do_not_keep_wal_back(self) -> None:
+        clock, transport = Clock(), BareTransport([1 << 20])
+        timeline = MemoryTimeline(40 * PIECE_SIZE)
+        sending = Sending(timeline, clock, transport=transport)
+        for _ in range(10):
+            sending.producer.send_keepalive(False)
+            transport.drain()
+            sending.producer.send_keepalive(False)
+            clock.advance(0)
+        self.assertEqual(sending.replica.sent_lsn, timeline.commit_lsn)
+
     @settings(max_examples=50, deadline=None)
     @given(
         st.lists(st.sampled_from([0, 1, 29, 30, 1000, PAGE, 1 << 20]), min_size=1, max_size=6),

@@ -30,6 +30,7 @@ producer, bytes.  A module imports only from those above it in this list:
 - :mod:`walproto.server.outputs`: what a session does
 - :mod:`walproto.server.session`: the state machine
 - :mod:`walproto.server.heartbeat`: wal_sender_timeout
+- :mod:`walproto.server.reader`: lets a client have its say
 - :mod:`walproto.server.producer`: sends WAL
 - :mod:`walproto.server.protocol`: the connection
 - :mod:`walproto.tap`: ``twist walsender``

@@ -153,7 +153,7 @@ class WalProducer:
             self._keepalive_owed = bool(self._keepalive_owed) or reply_requested
             return
         self._keepalive_owed = None
-        self._write(keepalive(self._replica.sent_lsn, self._now(), reply_requested))
+        self._send(keepalive(self._replica.sent_lsn, self._now(), reply_requested))
 
     # --- IPushProducer, for the transport to call ------------------------------------------
 
@@ -227,7 +227,7 @@ class WalProducer:
         furthest = start + PIECE_SIZE
         return end if end <= furthest else furthest - furthest % PAGE_SIZE
 
-    def _send(self, message: memoryview) -> None:
+    def _send(self, message: memoryview | bytes) -> None:
         sent = 0
         if self._socket is not None:
             with suppress(OSError):  # would it block, or is it gone?  The transport finds out.

@@ -14,17 +14,17 @@ from typing import Any
 
 from twisted.internet.address import UNIXAddress
 from twisted.internet.defer import Deferred, succeed
-from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime, ITCPTransport
+from twisted.internet.interfaces import IDelayedCall, IReactorTime, ITCPTransport
 from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from zope.interface import implementer
 
 from walproto.errors import CannotConnectNow, InternalError, ReportedError
 from walproto.lsn import format_lsn
 from walproto.server.configuration import Configuration
 from walproto.server.heartbeat import Heartbeat
 from walproto.server.producer import Piece, WalProducer
+from walproto.server.reader import Reader
 from walproto.server.session import Session
 from walproto.server.startup import Cancellation
 from walproto.timeline.interfaces import ITimeline
@@ -32,23 +32,6 @@ from walproto.timeline.replicas import Replica
 
 LINGER = 5.0
 """Seconds that a client has to take what it was last told."""
-
-
-@implementer(IPushProducer)
-class _AnswerThrottle:
-    """Between streams: while a client does not take our answers, its questions are not read."""
-
-    def __init__(self, transport: Any) -> None:
-        self._transport = transport
-
-    def pauseProducing(self) -> None:
-        self._transport.pauseProducing()
-
-    def resumeProducing(self) -> None:
-        self._transport.resumeProducing()
-
-    def stopProducing(self) -> None:
-        pass
 
 
 class WalSenderProtocol(Protocol):
@@ -67,6 +50,7 @@ class WalSenderProtocol(Protocol):
         self._session = Session(self, factory.configuration)
         self._key = b""
         self._replica: Replica | None = None
+        self._reader: Reader
         self._producer: WalProducer | None = None
         self._heartbeat: Heartbeat | None = None
         self._timer: IDelayedCall | None = None
@@ -75,28 +59,25 @@ class WalSenderProtocol(Protocol):
 
     def connectionMade(self) -> None:
         address = self.transport.getPeer()
-        self.peer = (
-            "[local]"
-            if isinstance(address, UNIXAddress)
-            else (f"{address.host}:{address.port}" if hasattr(address, "host") else str(address))
-        )
-        if ITCPTransport.providedBy(self.transport) and not isinstance(address, UNIXAddress):
-            self.transport.setTcpNoDelay(True)
-            self.transport.setTcpKeepAlive(True)
+        if isinstance(address, UNIXAddress):
+            self.peer = "[local]"
+        else:
+            self.peer = f"{address.host}:{address.port}"
+            if ITCPTransport.providedBy(self.transport):
+                self.transport.setTcpNoDelay(True)
+                self.transport.setTcpKeepAlive(True)
         self.factory.connections[self.pid] = self
-        self.transport.registerProducer(_AnswerThrottle(self.transport), True)
+        self._reader = Reader(self.transport, self._clock, self._deal)
+        self.transport.registerProducer(self._reader, True)
         timeout = self.factory.configuration.authentication_timeout
         self._timer = self._clock.callLater(timeout, self._authentication_timed_out)
 
     def dataReceived(self, data: bytes) -> None:
-        try:
-            self._session.receive(data)
-        except Exception:
-            self.broken()
-        if self._session.is_greeted and not self._session.is_closed:
-            self._stop_timer()
+        self._session.receive(data)
+        self._reader.go_on()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self._reader.stop()
         self.factory.connection_gone(self)
         self._session.events.connection_lost()
         self._stop_timer()
@@ -142,7 +123,7 @@ class WalSenderProtocol(Protocol):
         )
         self._heartbeat.start()
         self.transport.unregisterProducer()
-        self.transport.resumeProducing()
+        self._reader.release()
         self._producer = WalProducer(
             self.transport, timeline, replica, self.factory.piece, self._clock, self
         )
@@ -158,7 +139,7 @@ class WalSenderProtocol(Protocol):
         if self._producer is not None:
             self._producer.stop()
             self._producer = None
-            self.transport.registerProducer(_AnswerThrottle(self.transport), True)
+            self.transport.registerProducer(self._reader, True)
 
     def finish_sending(self) -> None:
         if self._producer is not None:
@@ -202,6 +183,7 @@ class WalSenderProtocol(Protocol):
         self._log.info("{peer}: {text}", peer=self._replica or self.peer, text=text)
 
     def close(self) -> None:
+        self._reader.stop()
         self.transport.unregisterProducer()
         self.transport.loseConnection()
         self._stop_timer()
@@ -229,6 +211,16 @@ class WalSenderProtocol(Protocol):
             self._heartbeat.ask()
 
     # --- within ----------------------------------------------------------------------------
+
+    def _deal(self, limit: int) -> bool:
+        more = False
+        try:
+            more = self._session.deal(limit)
+        except Exception:
+            self.broken()
+        if self._session.is_greeted and not self._session.is_closed:
+            self._stop_timer()
+        return more
 
     def _send_keepalive(self, reply_requested: bool) -> None:
         if self._producer is not None:

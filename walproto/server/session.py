@@ -1,10 +1,10 @@
 """One client's conversation, as a state machine: no transport, no clock, no files.
 
-Bytes go in at :meth:`Session.receive` and come out through the
-:class:`~walproto.server.events.Connection` the session was given, which also carries out what a
-session only decides: to start and stop sending WAL, to close.  Whatever happens is an event of
-:class:`~walproto.server.events.Events`.  The block of transitions at the end of this file is the
-whole protocol: each line reads *in this state, when that happens, go there and do this*.
+Bytes go in at :meth:`Session.receive`, are dealt with in :meth:`Session.deal`, and come out
+through the :class:`~walproto.server.events.Connection` the session was given, which also carries
+out what a session only decides: to start and stop sending WAL, to close.  Whatever happens is an
+event of :class:`~walproto.server.events.Events`.  The block of transitions at the end of this file
+is the whole protocol: each line reads *in this state, when that happens, go there and do this*.
 
 ::
 
@@ -80,21 +80,29 @@ class Session:
         }
 
     def receive(self, data: bytes) -> None:
-        """Bytes have come in."""
+        """Bytes have come in, to be dealt with."""
         self.framing.receive(data)
+
+    def deal(self, limit: int) -> bool:
+        """Deal with at most ``limit`` of the messages that have come in; whether there may be
+        more."""
         try:
-            while not self.is_closed and self._receive_one():
-                pass
+            for _ in range(limit):
+                if self.is_closed or not self._deal_with_one():
+                    break
+            else:
+                return True
         except ReportedError as error:
             self.fail(error)
         if self.is_closed:
             self.framing.clear()
+        return False
 
     def fail(self, error: ReportedError) -> None:
         """Something went wrong, and the client is to be told."""
         (self.events.failed_fatally if error.fatal else self.events.failed)(error)
 
-    def _receive_one(self) -> bool:
+    def _deal_with_one(self) -> bool:
         """Deal with the next message; whether there was one."""
         if not self.is_starting:
             message = self.framing.next_message()

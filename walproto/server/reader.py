@@ -1,0 +1,82 @@
+"""Lets a client have its say, a turn at a time.
+
+A client may say much at once: a flood of status updates, commands without end.  What one read of
+the transport brought is dealt with some messages at a time, and between two turns the reactor goes
+on with the others; meanwhile nothing more is read from this client.  Nor is it while the client
+does not take the answers it has been given, so that neither they nor its questions pile up here.
+
+While WAL is streamed, what the client says is read all the same, whether it takes WAL or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime
+from zope.interface import implementer
+
+TURN = 64
+"""Messages of a client that are dealt with before it is others' turn: less than a millisecond."""
+
+
+@implementer(IPushProducer)
+class Reader:
+    """Reads from ``transport``, an IPushProducer itself, as long as that is to be.
+
+    ``deal`` deals with at most so many of the messages that have come in, and tells whether there
+    may be more.  Between streams the reader is the transport's producer, for the answers.
+    """
+
+    def __init__(
+        self, transport: IPushProducer, clock: IReactorTime, deal: Callable[[int], bool]
+    ) -> None:
+        self._transport = transport
+        self._clock = clock
+        self._deal = deal
+        self._is_reading = True
+        self._is_blocked = False
+        self._next_turn: IDelayedCall | None = None
+
+    def go_on(self) -> None:
+        """Something has come in."""
+        if not self._is_blocked and self._next_turn is None and self._deal(TURN):
+            self._next_turn = self._clock.callLater(0, self._take_turn)
+        self._read_or_not()
+
+    def release(self) -> None:
+        """The transport has another producer from now on: read, whatever is not taken."""
+        self._is_blocked = False
+        self._read_or_not()
+
+    def stop(self) -> None:
+        """Deal with nothing more."""
+        self._is_blocked = True
+        if self._next_turn is not None:
+            self._next_turn.cancel()
+            self._next_turn = None
+
+    # --- IPushProducer, for the transport to call ------------------------------------------
+
+    def pauseProducing(self) -> None:
+        self._is_blocked = True
+        self._read_or_not()
+
+    def resumeProducing(self) -> None:
+        self._is_blocked = False
+        self.go_on()
+
+    def stopProducing(self) -> None:
+        self.stop()
+
+    def _take_turn(self) -> None:
+        self._next_turn = None
+        self.go_on()
+
+    def _read_or_not(self) -> None:
+        is_reading = not self._is_blocked and self._next_turn is None
+        if is_reading != self._is_reading:
+            self._is_reading = is_reading
+            if is_reading:
+                self._transport.resumeProducing()
+            else:
+                self._transport.pauseProducing()
