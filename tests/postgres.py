@@ -111,6 +111,12 @@ class Workspace:
         _give_to_server_user(path)
         return path
 
+    def file(self, path: Path, contents: bytes = b"") -> Path:
+        """A new file that PostgreSQL's programs (and we) may write to."""
+        path.write_bytes(contents)
+        _give_to_server_user(path)
+        return path
+
     def cluster(self, installation: Installation, name: str) -> Cluster:
         """A cluster yet to be initialised, which stops with the workspace."""
         return self.add(Cluster(installation, self.path / name, free_port()))
@@ -221,6 +227,14 @@ class Process:
 
     def send(self, number: signal.Signals) -> None:
         self._popen.send_signal(number)
+
+    def pause(self) -> None:
+        """Have it stand still where it is; it does when this returns."""
+        self.send(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+
+    def resume(self) -> None:
+        self.send(signal.SIGCONT)
 
     def terminate(self) -> None:
         self.send(signal.SIGTERM)
@@ -365,6 +379,10 @@ def _copied(package: Path) -> Path:
 def lsn_to_int(lsn: str) -> int:
     high, low = lsn.split("/")
     return int(high, 16) << 32 | int(low, 16)
+
+
+def int_to_lsn(lsn: int) -> str:
+    return f"{lsn >> 32:X}/{lsn & 0xFFFFFFFF:X}"
 
 
 def identify_system(installation: Installation, port: int) -> tuple[str, int, str]:
@@ -544,6 +562,16 @@ class Cluster:
         row = self.sql(f"SELECT {message.format('false')}, {message.format('true')}")
         return row.split("|")[0]
 
+    def switch_wal(self) -> str:
+        """Finish this primary's current segment; where the next one begins."""
+        # Were nothing written to a segment, there would be nothing to finish.
+        row = self.sql(
+            "SELECT pg_logical_emit_message(true, 'harness', '');"
+            "SELECT pg_switch_wal(), setting FROM pg_settings WHERE name = 'wal_segment_size'"
+        )
+        lsn, size = row.splitlines()[-1].split("|")
+        return int_to_lsn(-(-lsn_to_int(lsn) // int(size)) * int(size))
+
     def replayed_lsn(self) -> str:
         """How far this standby has got."""
         return self.sql("SELECT pg_last_wal_replay_lsn()")
@@ -649,6 +677,18 @@ class WalSender(Process):
     @property
     def conninfo(self) -> str:
         return f"host={HOST} port={self.port} user=postgres"
+
+    def stop(self, timeout: float = 30) -> None:
+        """End it as its operator does."""
+        self.terminate()
+        self.wait(timeout)
+
+    def check_log(self) -> None:
+        """Fail if it has logged anything that tells of a defect."""
+        if bad := re.search(
+            r"(?m)^.*(#error|#critical|Traceback|Unhandled|defect in).*$", self.output
+        ):
+            raise self._failed(f"logged {bad[0]!r}")
 
     def ready(self, timeout: float = 30) -> re.Match[str]:
         """Wait until it knows its WAL; groups: timeline, system, start and end LSN."""

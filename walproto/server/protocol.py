@@ -248,6 +248,7 @@ class WalSenderFactory(Factory):
     """
 
     noisy = False
+    _log = Logger()
 
     def __init__(self, timeline: ITimeline, clock: IReactorTime, **options: Any) -> None:
         self.configuration = Configuration(timeline, **options)
@@ -289,5 +290,10 @@ class WalSenderFactory(Factory):
 
     def abort_all(self) -> None:
         """Disconnect everybody now."""
+        if self.connections:
+            self._log.warn(
+                "disconnecting {count} clients that have not confirmed what they were sent",
+                count=len(self.connections),
+            )
         for connection in list(self.connections.values()):
             connection.abort()
