@@ -122,6 +122,7 @@ class WalProducer:
         self._clock = clock
         self._listener = listener
         self._socket = _bare_socket(transport)
+        self._sendable_to = 0
         self._paused = False
         self._stopped = False
         self.is_finishing = False
@@ -198,14 +199,15 @@ class WalProducer:
         tli, start = replica.tli, replica.sent_lsn
         try:
             wal_end = timeline.end_of(tli)
-            sendable_to = timeline.sendable_to(tli, start)
+            if start >= self._sendable_to:
+                self._sendable_to = timeline.sendable_to(tli, start)
             if start >= wal_end:
                 if tli != timeline.history.tli:
                     self._listener.timeline_ended()
                 elif self.is_finishing:
                     self._listener.caught_up()
                 return False
-            end = self._cut(start, sendable_to)
+            end = self._cut(start, min(self._sendable_to, wal_end))
             if end <= start:
                 return False
             message = self._piece.load(tli, start, end, wal_end, self._now())
