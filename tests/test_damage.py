@@ -310,7 +310,8 @@ class WrongFiles(Served):
     def test_a_directory_under_its_name(self) -> None:
         self.file().unlink()
         self.file().mkdir()
-        self.assert_refused(MB, BAD, "58030", f"could not read from WAL segment {self.file().name}")
+        told = f'could not open file "pg_wal/{self.file().name}": it is not a regular file'
+        self.assert_refused(MB, BAD, "58030", told)
 
 
 class WhileItIsSent(Served):

@@ -20,7 +20,7 @@ from zope.interface.verify import verifyObject
 from tests.wal_builder import MB, PAGE, SYSTEM, WalBuilder
 from walproto.errors import CannotConnectNow, DataCorrupted, InternalError, UndefinedFile
 from walproto.lsn import format_lsn
-from walproto.timeline.directory import WalDirectory
+from walproto.timeline.directory import PATIENCE, WalDirectory
 from walproto.timeline.history import Ancestor, History
 from walproto.timeline.interfaces import ITimeline
 from walproto.timeline.succession import RELIST
@@ -212,6 +212,25 @@ class Beginning(InMemory):
         child.write_to(self.path)
         self.look()
         self.assert_served(child)
+
+    def test_a_pipe_under_a_segments_name_does_not_hold_it_up(self) -> None:
+        wal = built()
+        wal.write_to(self.path)
+        os.mkfifo(self.path / wal.segment_name(wal.lsn + MB))
+        os.mkfifo(self.path / wal.segment_name(wal.lsn + 9 * MB))
+        os.mkfifo(self.path / "00000002.history")
+        self.start()
+        self.assert_served(wal)
+
+    def test_wal_of_a_version_that_is_not_known_is_told(self) -> None:
+        wal = built()
+        wal.write_to(self.path)
+        for path in self.path.iterdir():
+            path.write_bytes(b"\x01\xd1" + path.read_bytes()[2:])
+        self.start()
+        (line,) = self.lines()
+        self.assertIn("page magic D101, which is none of PostgreSQL 13 to 19", line)
+        self.assertEqual(self.assert_not_ready(), line)
 
     def test_notes_of_the_survey_are_logged(self) -> None:
         built().write_to(self.path)
@@ -463,6 +482,59 @@ class Holes(InMemory):
         self.assertEqual(len(self.lines("cannot follow newer timelines")), 1)
         self.assertEqual(len(self.lines("is missing or not complete")), 1)
         self.assertEqual(len(self.lines()), 3)
+
+
+class Later(InMemory):
+    """What happens to WAL that was all right when it was looked at."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.wal = built(3.5)
+        self.wal.write_to(self.path)
+        self.start()
+        self.assert_served(self.wal)
+
+    def test_damage_to_the_last_segment(self) -> None:
+        start = self.wal.lsn - self.wal.lsn % MB
+        lsn = start + 20 * PAGE + 5000
+        self.assertEqual(self.directory.sendable_to(1, start), self.wal.lsn)
+        with open(self.path / self.wal.segment_name(start), "r+b") as file:
+            file.seek(lsn - start)
+            file.write(bytes(100))
+        self.look()
+        self.assertEqual(self.directory.sendable_to(1, start), start)
+        self.settle()
+        end = self.wal.end_of(lsn)
+        self.assertEqual(self.directory.sendable_to(1, start), end)
+        with self.assertRaises(DataCorrupted):
+            self.directory.sendable_to(1, end)
+        self.wal.write_to(self.path)
+        self.look()
+        self.directory.sendable_to(1, end)
+        self.settle()
+        self.assertEqual(self.directory.sendable_to(1, end), self.wal.lsn)
+
+    def test_a_gap_is_left_behind_when_nothing_comes_to_fill_it(self) -> None:
+        last = self.wal.lsn
+        self.wal.records_to(self.wal.lsn + 4 * MB, 5000)
+        self.put(self.wal, self.wal.lsn)
+        self.look()
+        self.assertEqual(self.directory.commit_lsn, last)
+        self.clock.advance(PATIENCE)
+        self.look()
+        self.assert_served(self.wal)
+        (line,) = self.lines("going on from there")
+        self.assertIn(self.wal.segment_name(last), line)
+        self.assertIn(format_lsn(last), line)
+        with self.assertRaises(UndefinedFile):
+            self.directory.sendable_to(1, last + 2 * MB)
+
+    def test_when_there_is_no_gap_nothing_is_left_behind(self) -> None:
+        for _ in range(3):
+            self.clock.advance(PATIENCE)
+            self.look()
+        self.assert_served(self.wal)
+        self.assertEqual(self.lines("going on from there"), [])
 
 
 class Timelines(InMemory):

@@ -134,13 +134,16 @@ def test_a_file_that_changes_is_proven_anew(archive: Archive, way: str) -> None:
     if way == "by a complete one":
         path.rename(f"{path}.partial")
     assert archive.proven_to(2 * MB) == 3 * MB
+    changed = path.with_name(archive.file(2 * MB).name).stat().st_ctime_ns
     if way == "in place":
         archive.flip(lsn)
     else:
         path.with_name("new").write_bytes(archive.file(2 * MB).read_bytes())
         path.with_name("new").rename(path)
         archive.flip(lsn)
-    os.utime(path, ns=(1, 1))  # in the same tick of its clock, a file system shows no change
+    path.chmod(0o600)  # the time of the last change is a tick of the kernel's clock: see it pass
+    while path.stat().st_ctime_ns == changed:
+        path.chmod(0o600)
     end = archive.wal.end_of(lsn)
     assert archive.proven_to(2 * MB) == end
 
@@ -173,10 +176,8 @@ def test_a_segment_that_goes_during_the_walk_is_missing_and_not_damaged(archive:
     archive.proofs.advance(PAGE)
     archive.path(2 * MB).unlink()
     archive.finish()
-    end = archive.proofs.proven_to(2 * MB)
-    assert 2 * MB < end < 3 * MB
     with pytest.raises(UndefinedFile, match="has already been removed"):
-        archive.proofs.proven_to(end)
+        archive.proofs.proven_to(2 * MB)
 
 
 @pytest.mark.parametrize("page", [0, 1, 64, MB // PAGE - 2])

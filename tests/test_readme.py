@@ -31,7 +31,7 @@ def test_every_option_is_there_and_no_other() -> None:
 def test_the_example_serves_wal() -> None:
     """The very lines of the README, with only the directory and the port put in."""
     example = textwrap.dedent(
-        README.split("**In your own reactor.**  ::\n")[1].split("\nOptions\n-------\n")[0]
+        README.split("**In your own reactor.**  ::\n")[1].split("\nAt the end, ")[0]
     ).strip()
     assert len(example.splitlines()) < 10
     installation = installations()[0]

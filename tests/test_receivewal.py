@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -496,3 +497,25 @@ def test_ctrl_c_twice_ends_it_as_well(source: Source) -> None:
     sender.wait()
     assert receiver.wait() == 1
     assert "Traceback" not in sender.output
+
+
+def test_who_has_said_all_is_still_answered(source: Source) -> None:
+    """A client that closes its half of the connection behind a question gets the answer."""
+    startup = b"\0\3\0\0user\0postgres\0replication\0true\0\0"
+    question = b"IDENTIFY_SYSTEM\0"
+    answers = []
+    for port in (source.primary.port, source.sender.port):
+        with socket.create_connection((HOST, port), timeout=30) as client:
+            client.sendall((len(startup) + 4).to_bytes(4, "big") + startup)
+            heard = b""
+            while not heard.endswith(b"Z\0\0\0\5I"):
+                heard += client.recv(65536)
+            client.sendall(b"Q" + (len(question) + 4).to_bytes(4, "big") + question)
+            client.shutdown(socket.SHUT_WR)
+            answer = b""
+            while data := client.recv(65536):
+                answer += data
+            answers.append(answer)
+    theirs, ours = answers
+    assert ours.count(b"IDENTIFY_SYSTEM\0") == theirs.count(b"IDENTIFY_SYSTEM\0") == 1
+    assert ours.endswith(b"Z\0\0\0\5I")

@@ -169,6 +169,8 @@ def test_the_end_is_that_of_the_last_whole_record(wal: WalBuilder, some: random.
     image = wal.image
     for cut in offsets(wal, some, 4):
         for name, filling in FILLINGS.items():
+            if name == "recycled" and wal.start + cut < wal.records[0].start + 24:
+                continue  # nothing comes before the first record that its link could be held to
             broken = image[:cut] + filling(wal)[cut:]
             there = wal.start + first_difference(broken, image)
             assert scan(wal, broken).end == wal.end_of(there), (name, cut)

@@ -57,6 +57,19 @@ def test_endpoints_that_are_wrong(tmp_path: Path) -> None:
     assert refusal(*good, f"unix:{tmp_path}/no/socket").startswith("cannot listen on unix:")
 
 
+def test_a_socket_on_which_somebody_listens_stays_theirs(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as living:
+        living.bind(str(path))
+        living.listen()
+        for _ in range(2):
+            told = refusal("--wal-dir", tmp_path, "--listen", f"unix:{path}")
+            assert told == f"cannot listen on unix:{path}: [Errno 98] Address already in use"
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
 def test_a_directory_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may read everything
     with pytest.raises(SystemExit, match=f"--wal-dir: no permission to read {tmp_path}"):

@@ -143,6 +143,7 @@ class WalSenderService(Service):
             failures: list[Failure] = []
             endpoint.listen(self._factory).addCallbacks(self._ports.append, failures.append)
             if failures:
+                _release_lock(description)
                 error = failures[0].value
                 reason = getattr(error, "socketError", None) or error
                 raise SystemExit(f"twist walsender: cannot listen on {description}: {reason}")
@@ -170,6 +171,15 @@ class WalSenderService(Service):
             )
         await self._factory.shut_down(self._shutdown_timeout)
         self._timeline.stop()
+
+
+def _release_lock(description: str) -> None:
+    """Take back the lock that Twisted leaves behind when it cannot listen on a Unix socket: the
+    next try would take it for that of a server that has died, and replace a living one's socket."""
+    kind, _, rest = description.partition(":")
+    lock = rest.removeprefix("address=").split(":")[0] + ".lock"
+    if kind == "unix" and os.path.islink(lock) and os.readlink(lock) == str(os.getpid()):
+        os.unlink(lock)
 
 
 def makeService(options: Options) -> WalSenderService:

@@ -14,10 +14,16 @@ from typing import Any
 
 from twisted.internet.address import UNIXAddress
 from twisted.internet.defer import Deferred, succeed
-from twisted.internet.interfaces import IDelayedCall, IReactorTime, ITCPTransport
+from twisted.internet.interfaces import (
+    IDelayedCall,
+    IHalfCloseableProtocol,
+    IReactorTime,
+    ITCPTransport,
+)
 from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
+from zope.interface import implementer
 
 from walproto.errors import CannotConnectNow, InternalError, ReportedError
 from walproto.lsn import format_lsn
@@ -34,6 +40,7 @@ LINGER = 5.0
 """Seconds that a client has to take what it was last told."""
 
 
+@implementer(IHalfCloseableProtocol)
 class WalSenderProtocol(Protocol):
     """One client.  Its session tells it what to do (:class:`~walproto.server.events.Connection`),
     its producer how that went (:class:`~walproto.server.producer.Listener`)."""
@@ -61,6 +68,8 @@ class WalSenderProtocol(Protocol):
         address = self.transport.getPeer()
         if isinstance(address, UNIXAddress):
             self.peer = "[local]"
+        elif not hasattr(address, "host"):
+            self.peer = str(address)
         else:
             self.peer = f"{address.host}:{address.port}"
             if ITCPTransport.providedBy(self.transport):
@@ -75,6 +84,13 @@ class WalSenderProtocol(Protocol):
     def dataReceived(self, data: bytes) -> None:
         self._session.receive(data)
         self._reader.go_on()
+
+    def readConnectionLost(self) -> None:
+        """The client says nothing more; what it has been answered, it still gets."""
+        self._session.events.connection_lost()
+
+    def writeConnectionLost(self) -> None:
+        pass
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self._reader.stop()

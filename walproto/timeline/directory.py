@@ -30,10 +30,13 @@ from walproto.timeline.survey import survey
 from walproto.timeline.tail import Tail
 from walproto.timeline.watch import DirectoryWatch
 from walproto.wal.pages import Identity
-from walproto.wal.segments import Segments
+from walproto.wal.segments import Segments, Stamp
 
 STEP = 256 * 1024
 """Bytes of WAL walked over in one turn of the reactor: a few milliseconds of it."""
+
+PATIENCE = 30.0
+"""Seconds without news after which it is looked whether WAL goes on behind a gap."""
 
 
 @implementer(ITimeline)
@@ -61,6 +64,9 @@ class WalDirectory:
         self._tail: Tail | None = None
         self._newer: Tail | None = None
         self._walked_from = 0
+        self._last_progress = 0.0
+        self._end_stamp: Stamp | None = None
+        self._end_changed = False
         self._stopped_at = 0
         self._damage: DataCorrupted | None = None
 
@@ -114,7 +120,7 @@ class WalDirectory:
                 f"requested WAL segment {name} has already been removed",
                 log=f"{self.directory / name}, LSN {format_lsn(lsn)}: the timeline begins later",
             )
-        if lsn >= self._walked_from:
+        if lsn >= self._walked_from and not self._end_changed:
             return end
         proven = self._proofs.proven_to(lsn)
         if self._proofs.is_busy:
@@ -141,18 +147,25 @@ class WalDirectory:
         if tail is None:
             return
         before = self._tail, self.commit_lsn
+        stamp = tail.stamp()
         more = tail.advance(STEP)
         if self._ready:
             more |= self._follow_newer_timelines(tail)
         elif not more:
             self._begin_to_serve(tail)
         if self._ready and self._tail is tail:
-            self._publish(tail)
+            self._publish(tail, stamp)
         progress = self._ready and before != (self._tail, self.commit_lsn)
         if progress:
-            self._damage = None
+            self._last_progress = self._clock.seconds()
+            self._end_stamp = stamp if self._tail is tail else None
+            self._end_changed, self._damage = False, None
         elif self._ready and not more:
+            # That the last segment changes although WAL does not grow may be damage.
+            self._end_changed |= self._end_stamp not in (None, stamp)
+            self._end_stamp = stamp
             progress = self._look_behind(self._tail or tail)
+            self._look_beyond_a_gap(self._tail or tail)
         if self._ready and self._proofs.is_busy:
             more |= self._proofs.advance(STEP)
             progress = True
@@ -168,6 +181,9 @@ class WalDirectory:
             found = survey(self.directory)
         except OSError as error:
             self._wait_for(f"cannot read {self.directory} ({error.strerror}): waiting until I can")
+            return None
+        except ValueError as error:
+            self._wait_for(str(error))
             return None
         if found is None:
             self._wait_for(f"there is no WAL in {self.directory} yet: waiting for a first segment")
@@ -213,7 +229,7 @@ class WalDirectory:
         self._walked_from = tail.start
         self._proofs = Proofs(self._segments, self.identity, tail.history)
 
-    def _publish(self, tail: Tail) -> None:
+    def _publish(self, tail: Tail, stamp: Stamp | None) -> None:
         """Make known how far the current timeline goes."""
         end = tail.end
         if self._newer is not None:
@@ -223,7 +239,7 @@ class WalDirectory:
         self.commit_lsn = max(self.commit_lsn, end)
         size = self.identity.segment_size
         while self._walked_from + size <= self.commit_lsn:
-            self._proofs.add(self._walked_from // size)
+            self._proofs.add(self._walked_from // size, stamp)
             self._walked_from += size
 
     def _look_behind(self, tail: Tail) -> bool:
@@ -249,6 +265,31 @@ class WalDirectory:
             return True
         return False
 
+    def _look_beyond_a_gap(self, tail: Tail) -> None:
+        """When nothing has come for long, look whether WAL goes on further away.
+
+        It does where segments were removed before we had seen them, or will never come.  What is
+        there is then served from there on, as after a restart, and what is not is told to whoever
+        wants it.
+        """
+        now = self._clock.seconds()
+        if self._newer is not None or now - self._last_progress < PATIENCE:
+            return
+        self._last_progress = now
+        try:
+            found = survey(self.directory)
+        except (OSError, ValueError):
+            return
+        if found and found.history == tail.history and found.last_lsn > tail.position:
+            self._newer = Tail(self._segments, self.identity, tail.history, found.last_lsn)
+            self._log.warn(
+                "{path}, LSN {lsn}: WAL ends here, and goes on at {further}: going on from there",
+                path=str(self.directory / tail.file_name()),
+                lsn=format_lsn(tail.end),
+                further=format_lsn(found.last_lsn),
+            )
+            self.look()
+
     def _follow_newer_timelines(self, tail: Tail) -> bool:
         """Look for a newer timeline and go over to it once it is here; whether there is more to
         walk over at once."""
@@ -261,12 +302,13 @@ class WalDirectory:
             return False
         more = newer.advance(STEP)
         if newer.is_found and newer.end >= newer.history.start_lsn:
-            self._log.info(
-                "now serving timeline {new}, which branched off timeline {old} at {switch}",
-                old=newer.history.ancestors[-1].tli,
-                switch=format_lsn(newer.history.start_lsn),
-                new=newer.history.tli,
-            )
+            if newer.history != tail.history:
+                self._log.info(
+                    "now serving timeline {new}, which branched off timeline {old} at {switch}",
+                    old=newer.history.ancestors[-1].tli,
+                    switch=format_lsn(newer.history.start_lsn),
+                    new=newer.history.tli,
+                )
             self._adopt(newer)
         return more
 

@@ -100,9 +100,12 @@ class Proofs:
         """Whether a walk is under way."""
         return bool(self._walking)
 
-    def add(self, segno: int) -> None:
-        """Take the segment for proven: its records have just been walked over elsewhere."""
-        self._sound[segno] = self._stamp(segno * self._segment_size)
+    def add(self, segno: int, stamp: Stamp | None) -> None:
+        """Take the segment for proven: its records have just been walked over elsewhere.
+
+        ``stamp`` is the file's from before that.
+        """
+        self._sound[segno] = stamp
 
     def proven_to(self, lsn: int) -> int:
         """How far WAL is proven from ``lsn`` on, within its segment; ``lsn`` itself or less if it
@@ -115,6 +118,9 @@ class Proofs:
             if self._sound[segno] == self._stamp(lsn):
                 return (segno + 1) * self._segment_size
             del self._sound[segno]  # the file was changed or replaced
+        damaged = self._damaged.get(segno)
+        if damaged is not None and damaged.stamp != self._stamp(lsn):
+            del self._damaged[segno]
         walk = self._walking.get(segno) or self._damaged.get(segno)
         if walk is None:
             self._begin_walk(segno)

@@ -21,7 +21,14 @@ from walproto.lsn import (
     parse_segment_name,
 )
 from walproto.timeline.history import History, parse_history
-from walproto.wal.pages import LONG_HEADER, Identity, parse_identity
+from walproto.wal.pages import (
+    FORMATS,
+    LONG_HEADER,
+    XLP_LONG_HEADER,
+    Identity,
+    parse_identity,
+)
+from walproto.wal.segments import open_file
 
 _VOTERS = 31
 """How many of the newest segments decide whose WAL it is."""
@@ -43,7 +50,10 @@ class Survey:
 
 
 def survey(directory: Path) -> Survey | None:
-    """Look at ``directory``; None if there is no WAL in it yet.  Raises OSError."""
+    """Look at ``directory``; None if there is no WAL in it yet.
+
+    Raises OSError if it cannot be read, ValueError if what is there is in a format we do not know.
+    """
     names = sorted(
         (name for entry in os.listdir(directory) if (name := parse_segment_name(entry))),
         key=lambda name: (name.tli, name.high, name.low, not name.partial),
@@ -51,6 +61,8 @@ def survey(directory: Path) -> Survey | None:
     )
     voters = list(islice(_segments(directory, names), _VOTERS))
     if not voters:
+        if names:
+            _check_format(directory / str(names[0]))
         return None
     identity = Counter(voter for voter, _, _ in voters).most_common(1)[0][0]
     notes: list[str] = []
@@ -87,7 +99,8 @@ def load_history(directory: Path, tli: int) -> History:
     Raises ValueError if the file's contents are no history.
     """
     try:
-        contents = (directory / history_name(tli)).read_bytes()
+        with open(open_file(directory / history_name(tli)), "rb") as file:
+            contents = file.read()
     except FileNotFoundError:
         return History(tli)
     return parse_history(tli, contents)
@@ -99,13 +112,31 @@ def newer_timelines(directory: Path, tli: int) -> list[int]:
     return sorted((newer for newer in found if newer is not None and newer > tli), reverse=True)
 
 
+def _check_format(path: Path) -> None:
+    """Raise ValueError if the file begins like WAL, but of a version we do not know."""
+    try:
+        with open(open_file(path), "rb") as file:
+            page = file.read(LONG_HEADER.size)
+    except OSError:
+        return
+    if len(page) < LONG_HEADER.size:
+        return
+    magic, info, *_ = LONG_HEADER.unpack(page)
+    if magic >> 8 == 0xD1 and info & XLP_LONG_HEADER and magic not in FORMATS:
+        majors = sorted(known.major for known in FORMATS.values())
+        raise ValueError(
+            f"{path} is WAL with page magic {magic:04X}, which is none of PostgreSQL "
+            f"{majors[0]} to {majors[-1]}: it cannot be served"
+        )
+
+
 def _segments(
     directory: Path, names: list[SegmentName]
 ) -> Iterator[tuple[Identity, SegmentName, int]]:
     """Those of the named files that are the segment that their name says, with their LSN."""
     for name in names:
         try:
-            with open(directory / str(name), "rb") as file:
+            with open(open_file(directory / str(name)), "rb") as file:
                 found = parse_identity(file.read(LONG_HEADER.size))
         except OSError:
             continue

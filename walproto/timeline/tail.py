@@ -11,7 +11,7 @@ from walproto.lsn import PAGE_SIZE
 from walproto.timeline.history import History
 from walproto.wal.pages import LONG_HEADER, Identity, parse_identity
 from walproto.wal.scan import Scanner
-from walproto.wal.segments import Segments
+from walproto.wal.segments import Segments, Stamp
 
 
 class Tail:
@@ -65,6 +65,11 @@ class Tail:
         beyond = (self.position // self._identity.segment_size + 1) * self._identity.segment_size
         found = parse_identity(self._read(beyond, LONG_HEADER.size))
         return found is not None and found[0] == self._identity and found[2] == beyond
+
+    def stamp(self) -> Stamp | None:
+        """What changes when the segment in which the walk stopped is written to."""
+        tli = self.history.file_tli(self.end, self._identity.segment_size)
+        return self._segments.stamp(tli, self.end)
 
     def page_is_there(self) -> bool:
         """Whether there is a whole page where the walk stopped, be it right or wrong."""

@@ -136,7 +136,7 @@ class Scanner:
                 continue
             except _Stop as stop:
                 if self._missing and not self._begun_now and base - self._record <= REREAD:
-                    self._once_more("")
+                    self._go_back()
                     continue
                 self.reason = str(stop)
                 return False
@@ -164,9 +164,9 @@ class Scanner:
             if info & self._identity.wal_format.first_is_overwrite_contrecord:
                 self._missing, self._headless = 0, False
             elif not continues:
-                raise self._once_more(f"there is no contrecord flag at {format_lsn(address)}")
+                raise self._doubt(f"there is no contrecord flag at {format_lsn(address)}")
             elif rem_len != self._missing:
-                raise self._once_more(
+                raise self._doubt(
                     f"invalid contrecord length {rem_len} (expected {self._missing}) "
                     f"at {format_lsn(address)}"
                 )
@@ -248,7 +248,7 @@ class Scanner:
             return end
         _, _, _, info, rmid, crc = RECORD_HEADER.unpack(self._header)
         if crc32c(self._header[:20], self._crc) != crc:
-            raise self._once_more(_bad_checksum(self._record))
+            raise self._doubt(_bad_checksum(self._record))
         self._accept(self._record, address + end, info, rmid)
         return end
 
@@ -265,7 +265,7 @@ class Scanner:
                 return
             prev = RECORD_HEADER.unpack(self._header)[2]
             if prev != self.last_record and not self._may_follow(prev, self._record):
-                raise self._once_more(_bad_link(prev, self._record))
+                raise self._doubt(_bad_link(prev, self._record))
         self._crc = crc32c(data, self._crc)
 
     def _accept(self, start: int, end: int, info: int, rmid: int) -> None:
@@ -290,13 +290,17 @@ class Scanner:
         self.head = (prev, start) if self._passed_over else None
         return True
 
-    def _once_more(self, reason: str) -> _Again | _Stop:
-        """Go back to the start of the unfinished record: try again if some of it was read
-        earlier, and so may have changed since; else it is wrong."""
+    def _doubt(self, reason: str) -> _Again | _Stop:
+        """What to raise when the unfinished record turns out wrong: to go back to its start and
+        try again if some of it was read earlier, and so may have changed since; else to stop."""
         again = not self._begun_now
+        self._go_back()
+        return _Again() if again else _Stop(reason)
+
+    def _go_back(self) -> None:
+        """Forget what was read of the unfinished record."""
         self._position, self._missing, self._headless = self._record, 0, False
         self._begun_now = True
-        return _Again() if again else _Stop(reason)
 
     def _where(self, address: int) -> str:
         return f"in WAL segment {self._segment(address)}, LSN {format_lsn(address)}"

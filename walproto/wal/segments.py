@@ -12,7 +12,9 @@ looked up once more, and what was read counts only if the name still stands for 
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -24,10 +26,21 @@ from walproto.wal.pages import LONG_HEADER, Identity, parse_identity
 
 Result = TypeVar("Result")
 Stamp = tuple[int, int, int, int]
-"""Device, inode, size in bytes, and time of the last change in nanoseconds."""
+"""Device, inode, size in bytes, and time of the last change (ctime, which nobody can set back) in
+nanoseconds."""
 
 _MAX_OPEN = 64
 """How many segments are kept open."""
+
+
+def open_file(path: Path | str) -> int:
+    """A file descriptor to read a regular file by; OSError for anything else of that name, which
+    might keep us waiting."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return fd
 
 
 class _OpenSegment:
@@ -37,7 +50,7 @@ class _OpenSegment:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.fd = open_file(path)
         status = os.fstat(self.fd)
         self._identity = (status.st_dev, status.st_ino)
 
@@ -105,19 +118,23 @@ class Segments:
             except ReportedError:
                 return None
             if status is not None:
-                return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+                return status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns
             self._forget(tli, lsn // self._identity.segment_size)
         return None
 
     def read_history(self, tli: int) -> bytes:
         """The contents of the timeline's history file; UndefinedFile if there is none."""
         name = history_name(tli)
+        path = self.directory / name
         try:
-            return (self.directory / name).read_bytes()
+            with open(open_file(path), "rb") as file:
+                return file.read()
         except OSError as error:
+            log = f"{path}: {error.strerror}"
+            if error.errno == errno.ENOENT and tli > 1:
+                log += ": copy it there from the server's pg_wal"
             raise UndefinedFile(
-                f'could not open file "pg_wal/{name}": {error.strerror}',
-                log=f"{self.directory / name} is missing: copy it there from the server's pg_wal",
+                f'could not open file "pg_wal/{name}": {error.strerror}', log=log
             ) from None
 
     def close(self) -> None:
