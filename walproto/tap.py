@@ -140,15 +140,30 @@ class WalSenderService(Service):
     def startService(self) -> None:
         super().startService()
         for description, endpoint in self._endpoints:
-            failures: list[Failure] = []
-            endpoint.listen(self._factory).addCallbacks(self._ports.append, failures.append)
-            if failures:
-                _release_lock(description)
-                error = failures[0].value
-                reason = getattr(error, "socketError", None) or error
-                raise SystemExit(f"twist walsender: cannot listen on {description}: {reason}")
-            self._log.info("listening on {description}", description=description)
+            self._listen(description, endpoint)
         self._timeline.start()
+
+    def _listen(self, description: str, endpoint: IStreamServerEndpoint) -> None:
+        """Listen there.  SystemExit if it turns out at once that this cannot be; if it does later,
+        the operator is told."""
+        refusals: list[str] = []
+        at_once = True
+
+        def listening(port: IListeningPort) -> None:
+            self._ports.append(port)
+            self._log.info("listening on {description}", description=description)
+
+        def refused(failure: Failure) -> None:
+            reason = getattr(failure.value, "socketError", None) or failure.value
+            refusals.append(f"cannot listen on {description}: {reason}")
+            _release_lock(description)
+            if not at_once:
+                self._log.critical("{refusal}", refusal=refusals[-1])
+
+        endpoint.listen(self._factory).addCallbacks(listening, refused)
+        at_once = False
+        if refusals:
+            raise SystemExit(f"twist walsender: {refusals[-1]}")
 
     def stopService(self) -> Deferred[None]:
         super().stopService()
