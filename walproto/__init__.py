@@ -10,8 +10,11 @@ producer, bytes.  A module imports only from those above it in this list:
 - :mod:`walproto.wire.framing`: bytes into messages
 - :mod:`walproto.wire.commands`: replication commands, parsed
 - :mod:`walproto.wal.pages`: WAL pages and records, declared
+- :mod:`walproto.wal.headers`: what a page must say of itself
 - :mod:`walproto.wal.scan`: walks records, finds the end of WAL
 - :mod:`walproto.wal.segments`: the files, read
+- :mod:`walproto.wal.incoming`: pages checked as they come in
+- :mod:`walproto.wal.writer`: the files, written
 - :mod:`walproto.timeline.history`: which timeline follows which
 - :mod:`walproto.timeline.replicas`: who streams, and how far they are
 - :mod:`walproto.timeline.interfaces`: what a session needs of a timeline
@@ -19,6 +22,8 @@ producer, bytes.  A module imports only from those above it in this list:
 - :mod:`walproto.timeline.tail`: the end of WAL, followed
 - :mod:`walproto.timeline.proofs`: older WAL, proven before it is sent
 - :mod:`walproto.timeline.succession`: the timeline that comes next
+- :mod:`walproto.timeline.received`: what is being received, as far as it may be seen
+- :mod:`walproto.timeline.holding`: where receiving is to go on
 - :mod:`walproto.timeline.watch`: tells when a directory changes
 - :mod:`walproto.timeline.directory`: a timeline that lives in a directory
 - :mod:`walproto.server.settings`: configuration parameters
@@ -33,6 +38,14 @@ producer, bytes.  A module imports only from those above it in this list:
 - :mod:`walproto.server.reader`: lets a client have its say
 - :mod:`walproto.server.producer`: sends WAL
 - :mod:`walproto.server.protocol`: the connection
+- :mod:`walproto.upstream.connection`: what is needed of a connection to a server
+- :mod:`walproto.upstream.libpq`: such a connection
+- :mod:`walproto.upstream.store`: makes durable what comes
+- :mod:`walproto.upstream.receiver`: WAL in, feedback out
+- :mod:`walproto.upstream.conversation`: what is said to a server
+- :mod:`walproto.upstream.lock`: a directory of one's own
+- :mod:`walproto.upstream.fence`: WAL that is served to nobody
+- :mod:`walproto.upstream.relay`: a timeline that is received from a live server
 - :mod:`walproto.tap`: ``twist walsender``
 
 To embed it, this much is needed: :class:`WalDirectory` and :class:`WalSenderFactory`; to bring a

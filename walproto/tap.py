@@ -6,11 +6,13 @@ What is wrong with the options ends the program with one line on standard error 
 from __future__ import annotations
 
 import os
+import re
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, maybeDeferred
@@ -22,10 +24,13 @@ from twisted.python.usage import Options as UsageOptions
 from twisted.python.usage import UsageError
 
 from walproto.errors import InvalidParameterValue
+from walproto.lsn import parse_lsn
 from walproto.server.configuration import parse_version
 from walproto.server.protocol import WalSenderFactory
 from walproto.server.settings import parse_milliseconds
 from walproto.timeline.directory import WalDirectory
+from walproto.upstream.relay import WalRelay
+from walproto.wal.writer import SyncError
 
 DEFAULT_ENDPOINT = "tcp:5433:interface=127.0.0.1"
 
@@ -39,15 +44,37 @@ def _time(name: str, text: str) -> float:
 
 
 class Options(UsageOptions):
-    synopsis = "--wal-dir DIR [--listen ENDPOINT]... [options]"
+    synopsis = "--wal-dir DIR [--upstream CONNINFO] [--listen ENDPOINT]... [options]"
     longdesc = (
         "Serves the PostgreSQL WAL in a directory to standbys, pg_receivewal and every other "
         "client of the streaming replication protocol. The directory may be a primary's live "
-        "pg_wal or an archive; nothing in it is ever changed. WAL contains every row of the "
-        "database, and whoever can connect is served: listen only where you trust everybody."
+        "pg_wal or an archive, and then nothing in it is ever changed; or, with --upstream, one "
+        "into which WAL is received from a live server. WAL contains every row of the database, "
+        "and whoever can connect is served: listen only where you trust everybody."
     )
     optParameters: ClassVar = [
         ["wal-dir", "d", None, "The directory with the WAL segments and history files."],
+        [
+            "upstream",
+            "u",
+            None,
+            "Receive WAL into the directory from the server that this libpq connection string "
+            "names: a primary, a standby, or another walsender. [default: receive nothing]",
+        ],
+        ["upstream-slot", None, None, "The physical replication slot to use on the upstream."],
+        [
+            "upstream-start",
+            None,
+            None,
+            "The LSN to begin with if the directory is empty. [default: what the slot has "
+            "reserved, else the upstream's current segment]",
+        ],
+        [
+            "wal-receiver-timeout",
+            None,
+            "60s",
+            "Connect anew to an upstream that has been silent for so long; 0 for never.",
+        ],
         [
             "server-version",
             None,
@@ -67,6 +94,15 @@ class Options(UsageOptions):
             None,
             "10s",
             "At shutdown, wait so long for clients to confirm that they have received all WAL.",
+        ],
+    ]
+
+    optFlags: ClassVar = [
+        ["upstream-create-slot", None, "Create the slot on the upstream if it is not there."],
+        [
+            "hot-standby-feedback",
+            None,
+            "Tell the upstream which transactions our standbys' queries still need to see.",
         ],
     ]
 
@@ -100,7 +136,7 @@ class Options(UsageOptions):
             raise UsageError(f"--wal-dir: {what}: {directory}")
         if not os.access(directory, os.R_OK | os.X_OK):
             raise UsageError(f"--wal-dir: no permission to read {directory}")
-        for name in ("wal-sender-timeout", "wal-sender-shutdown-timeout"):
+        for name in ("wal-sender-timeout", "wal-sender-shutdown-timeout", "wal-receiver-timeout"):
             try:
                 self[name] = _time(name.replace("-", "_"), self[name])
             except ValueError as error:
@@ -111,10 +147,36 @@ class Options(UsageOptions):
             except ValueError as error:
                 raise UsageError(f"--server-version: {error}") from None
         self["listen"] = self["listen"] or [DEFAULT_ENDPOINT]
+        self._check_upstream()
+
+    def _check_upstream(self) -> None:
+        if self["upstream"] is None:
+            for name in (
+                "upstream-slot",
+                "upstream-start",
+                "upstream-create-slot",
+                "hot-standby-feedback",
+            ):
+                if self[name]:
+                    raise UsageError(f"--{name} means nothing without --upstream")
+            return
+        if self["upstream-create-slot"] and self["upstream-slot"] is None:
+            raise UsageError("--upstream-create-slot needs --upstream-slot: say which slot")
+        slot = self["upstream-slot"]
+        if slot is not None and not re.fullmatch("[a-z0-9_]{1,63}", slot):
+            raise UsageError(
+                f'--upstream-slot: invalid replication slot name: "{slot}": such names are of 1 '
+                "to 63 lower case letters, numbers and underscores"
+            )
+        try:
+            self["upstream-start"] = parse_lsn(self["upstream-start"] or "0/0")
+        except ValueError as error:
+            raise UsageError(f"--upstream-start: {error}") from None
 
 
 class WalSenderService(Service):
-    """Serves a directory of WAL at some endpoints while it runs.
+    """Serves a directory of WAL at some endpoints while it runs, and receives into it if there is
+    a ``relay``.
 
     ``endpoints`` are pairs of an endpoint and its description.  ``shutdown_timeout`` is in
     seconds.
@@ -129,8 +191,10 @@ class WalSenderService(Service):
         factory: WalSenderFactory,
         endpoints: Sequence[tuple[str, IStreamServerEndpoint]],
         shutdown_timeout: float,
+        relay: WalRelay | None = None,
     ) -> None:
         self._reactor = reactor
+        self._relay = relay
         self._timeline = timeline
         self._factory = factory
         self._endpoints = endpoints
@@ -141,7 +205,7 @@ class WalSenderService(Service):
         super().startService()
         for description, endpoint in self._endpoints:
             self._listen(description, endpoint)
-        self._timeline.start()
+        (self._relay or self._timeline).start()
 
     def _listen(self, description: str, endpoint: IStreamServerEndpoint) -> None:
         """Listen there.  SystemExit if it turns out at once that this cannot be; if it does later,
@@ -178,6 +242,8 @@ class WalSenderService(Service):
     async def _stop(self) -> None:
         for port in self._ports:
             await maybeDeferred(port.stopListening)
+        if self._relay is not None:
+            await self._relay.stop()
         if self._factory.connections:
             self._log.info(
                 "waiting up to {seconds:g} s for {count} clients to confirm what they were sent",
@@ -197,11 +263,49 @@ def _release_lock(description: str) -> None:
         os.unlink(lock)
 
 
+def _end(error: Exception) -> None:
+    """End the program, for nothing more can be received: in good order, and with an exit status
+    that tells why."""
+    from twisted.internet import reactor
+
+    def exit_at_once() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(os.EX_IOERR if isinstance(error, SyncError) else 1)
+
+    reactor.addSystemEventTrigger("after", "shutdown", exit_at_once)
+    reactor.stop()
+
+
+def _make_relay(options: Options, reactor: Any) -> WalRelay | None:
+    """The relay that the options ask for, if they do; SystemExit if it is not to be had."""
+    if options["upstream"] is None:
+        return None
+    try:
+        return WalRelay(
+            options["wal-dir"],
+            options["upstream"],
+            reactor,
+            failed=_end,
+            slot=options["upstream-slot"],
+            create_slot=bool(options["upstream-create-slot"]),
+            start_lsn=options["upstream-start"],
+            timeout=options["wal-receiver-timeout"],
+            feedback=bool(options["hot-standby-feedback"]),
+        )
+    except ImportError as error:
+        problem = f"{error}: it takes pip install 'walproto[upstream]'"
+    except ValueError as error:
+        problem = str(error)
+    raise SystemExit(f"twist walsender: --upstream: {problem}")
+
+
 def makeService(options: Options) -> WalSenderService:
     """The service that the options ask for, on the reactor that runs."""
     from twisted.internet import reactor
 
-    timeline = WalDirectory(Path(options["wal-dir"]), reactor)
+    relay = _make_relay(options, reactor)
+    timeline = relay.timeline if relay else WalDirectory(Path(options["wal-dir"]), reactor)
     factory = WalSenderFactory(
         timeline,
         reactor,
@@ -222,4 +326,5 @@ def makeService(options: Options) -> WalSenderService:
         factory,
         endpoints,
         options["wal-sender-shutdown-timeout"],
+        relay,
     )

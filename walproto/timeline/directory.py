@@ -1,7 +1,8 @@
-"""A timeline that lives in a directory which somebody else writes to.
+"""A timeline that lives in a directory to which somebody writes.
 
 The directory may be a primary's ``pg_wal``, an archive that is being filled, or one that is
-finished.  Nothing in it is ever written, renamed or removed.
+finished; or one into which we receive (:mod:`walproto.upstream`), which then shows here what may be
+seen of it, and says when there is more.  Nothing in it is written, renamed or removed from here.
 
 Whenever something there may have changed, :class:`WalDirectory` does its work in small steps, each
 a turn of the reactor, until there is no more to do: follow the tail of the current timeline; look
@@ -24,6 +25,7 @@ from walproto.lsn import format_lsn, segment_name
 from walproto.timeline.history import History
 from walproto.timeline.interfaces import ITimeline
 from walproto.timeline.proofs import Proofs
+from walproto.timeline.received import Received, ReceivedSegments
 from walproto.timeline.replicas import Replicas
 from walproto.timeline.succession import Succession
 from walproto.timeline.survey import survey
@@ -43,19 +45,23 @@ PATIENCE = 30.0
 class WalDirectory:
     """The WAL in ``directory``, from :meth:`start` to :meth:`stop`.
 
-    ``clock`` is the reactor.
+    ``clock`` is the reactor.  ``received`` is what is being received into the directory, if that
+    is so: whoever does it calls :meth:`look` when there is more of it.
     """
 
     _log = Logger()
 
-    def __init__(self, directory: Path | str, clock: IReactorTime) -> None:
+    def __init__(
+        self, directory: Path | str, clock: IReactorTime, received: Received | None = None
+    ) -> None:
         self.directory = Path(directory)
         self.replicas = Replicas()
         self.commit_lsn = 0
         self.identity: Identity
         self.history: History
         self._clock = clock
-        self._watch = DirectoryWatch(self.directory, clock, self.look)
+        self._received = received
+        self._watch = DirectoryWatch(self.directory, clock, self.look, by_inotify=not received)
         self._observers: set[Callable[[], None]] = set()
         self._next_step: IDelayedCall | None = None
         self._ready = False
@@ -68,6 +74,7 @@ class WalDirectory:
         self._end_stamp: Stamp | None = None
         self._end_changed = False
         self._stopped_at = 0
+        self._fence: int | None = None
         self._damage: DataCorrupted | None = None
 
     def start(self) -> None:
@@ -87,6 +94,14 @@ class WalDirectory:
         """Have a look soon: something in the directory may have changed."""
         if self._next_step is None:
             self._next_step = self._clock.callLater(0, self._step)
+
+    def fence(self, lsn: int | None) -> None:
+        """Let nobody have the current timeline's WAL behind ``lsn``, whatever there is; None ends
+        it."""
+        self._fence = lsn
+        if self._ready and lsn is not None:
+            self.commit_lsn = min(self.commit_lsn, lsn)
+        self.look()
 
     # --- ITimeline -------------------------------------------------------------------------
 
@@ -192,7 +207,11 @@ class WalDirectory:
             self._log.warn("{directory}: {note}", directory=str(self.directory), note=note)
         self.identity = found.identity
         self._first_lsn = found.first_lsn
-        self._segments = Segments(self.directory, found.identity)
+        self._segments = (
+            Segments(self.directory, found.identity)
+            if self._received is None
+            else ReceivedSegments(self.directory, found.identity, self._received)
+        )
         self._succession = Succession(self.directory, self._segments, found.identity, self._clock)
         self._tail = Tail(self._segments, found.identity, found.history, found.last_lsn)
         return self._tail
@@ -225,7 +244,7 @@ class WalDirectory:
         self._tail = tail
         self._newer = None
         self.history = tail.history
-        self.commit_lsn = tail.end
+        self.commit_lsn = self._fenced(tail.end)
         self._walked_from = tail.start
         self._proofs = Proofs(self._segments, self.identity, tail.history)
 
@@ -236,11 +255,14 @@ class WalDirectory:
             # It is known where this timeline ends, though not yet what comes after.
             ancestor = self._newer.history.ancestor(tail.history.tli)
             end = min(end, ancestor.switch_lsn) if ancestor else end
-        self.commit_lsn = max(self.commit_lsn, end)
+        self.commit_lsn = max(self.commit_lsn, self._fenced(end))
         size = self.identity.segment_size
         while self._walked_from + size <= self.commit_lsn:
             self._proofs.add(self._walked_from // size, stamp)
             self._walked_from += size
+
+    def _fenced(self, lsn: int) -> int:
+        return lsn if self._fence is None else min(lsn, self._fence)
 
     def _look_behind(self, tail: Tail) -> bool:
         """The walk has stopped.  If WAL goes on behind all the same, it is damaged where the walk

@@ -36,6 +36,31 @@ class History:
         """How the timeline ended, if it is one that this one descends from."""
         return next((ancestor for ancestor in self.ancestors if ancestor.tli == tli), None)
 
+    def up_to(self, tli: int) -> History:
+        """The history of tli, which is this timeline or one that it descends from."""
+        return History(tli, tuple(one for one in self.ancestors if one.tli < tli))
+
+    def common_end(self, other: History) -> int:
+        """Up to which LSN the WAL along both histories is the same; 2**64 if neither forks from
+        the other.  What came before our oldest known timeline is not looked at."""
+        line = other._line()
+        first = self._line()[0][0]
+        while line and line[0][0] < first:
+            line = line[1:]
+        common = 0
+        for (tli, end), (other_tli, other_end) in zip(self._line(), line, strict=False):
+            if tli != other_tli:
+                return common
+            common = min(end, other_end)
+            if end != other_end:
+                return common
+        return common
+
+    def _line(self) -> list[tuple[int, int]]:
+        """Each timeline, and where it ends."""
+        ended = [(ancestor.tli, ancestor.switch_lsn) for ancestor in self.ancestors]
+        return [*ended, (self.tli, 2**64)]
+
     def page_tli(self, address: int) -> int:
         """The timeline that wrote the page at ``address``, which the page's header must name."""
         for ancestor in self.ancestors:

@@ -64,6 +64,16 @@ class Replicas:
     def remove(self, replica: Replica) -> None:
         self._replicas.pop(replica.pid, None)
 
+    def oldest_xmins(self) -> tuple[int, int]:
+        """The oldest xmin and catalog_xmin that any replica asks to be kept, 0 if none does.
+
+        They are full transaction IDs: the epoch in the upper 32 bits, so that they compare.
+        """
+        fed = [replica.feedback for replica in self._replicas.values() if replica.feedback]
+        xmins = [it.xmin_epoch << 32 | it.xmin for it in fed if it.xmin]
+        catalog = [it.catalog_xmin_epoch << 32 | it.catalog_xmin for it in fed if it.catalog_xmin]
+        return min(xmins, default=0), min(catalog, default=0)
+
     def __iter__(self) -> Iterator[Replica]:
         return iter(list(self._replicas.values()))
 

@@ -26,6 +26,7 @@ from walproto.wal.pages import (
     LONG_HEADER,
     XLP_LONG_HEADER,
     Identity,
+    known_majors,
     parse_identity,
 )
 from walproto.wal.segments import open_file
@@ -123,10 +124,9 @@ def _check_format(path: Path) -> None:
         return
     magic, info, *_ = LONG_HEADER.unpack(page)
     if magic >> 8 == 0xD1 and info & XLP_LONG_HEADER and magic not in FORMATS:
-        majors = sorted(known.major for known in FORMATS.values())
         raise ValueError(
             f"{path} is WAL with page magic {magic:04X}, which is none of PostgreSQL "
-            f"{majors[0]} to {majors[-1]}: it cannot be served"
+            f"{known_majors()}: it cannot be served"
         )
 
 

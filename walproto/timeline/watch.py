@@ -22,19 +22,28 @@ FAST_POLL = 0.1
 
 
 class DirectoryWatch:
-    """Calls ``changed`` whenever the directory, or a file in it, may have changed."""
+    """Calls ``changed`` whenever the directory, or a file in it, may have changed; without
+    ``by_inotify``, because somebody else tells of what is urgent, only each second."""
 
     _log = Logger()
 
-    def __init__(self, directory: Path, clock: IReactorTime, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        clock: IReactorTime,
+        changed: Callable[[], None],
+        by_inotify: bool = True,
+    ) -> None:
         self._directory = directory
         self._clock = clock
         self._changed = changed
+        self._by_inotify = by_inotify
         self._notifier: Any = None
         self._poll: IDelayedCall | None = None
 
     def start(self) -> None:
-        self._notifier = self._start_inotify()
+        if self._by_inotify:
+            self._notifier = self._start_inotify()
         self._schedule()
 
     def stop(self) -> None:
@@ -76,7 +85,8 @@ class DirectoryWatch:
         return notifier
 
     def _schedule(self) -> None:
-        interval = FAST_POLL if self._notifier is None else SLOW_POLL
+        is_alone = self._by_inotify and self._notifier is None
+        interval = FAST_POLL if is_alone else SLOW_POLL
         self._poll = self._clock.callLater(interval, self._look)
 
     def _look(self) -> None:

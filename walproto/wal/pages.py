@@ -78,6 +78,12 @@ FORMATS = {
 """The formats we know, by the magic number of their pages."""
 
 
+def known_majors() -> str:
+    """Of which versions of PostgreSQL the formats are known, in words."""
+    majors = [known.major for known in FORMATS.values()]
+    return f"{min(majors)} to {max(majors)}"
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """Whose WAL it is: what every segment's first page says of its cluster."""

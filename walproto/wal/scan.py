@@ -23,18 +23,16 @@ whose messages these are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 from crc32c import crc32c
 
 from walproto.lsn import PAGE_SIZE, format_lsn, segment_name
+from walproto.wal.headers import InvalidWal, Line, check_header, where
 from walproto.wal.pages import (
-    LONG_HEADER,
     RECORD_HEADER,
     SHORT_HEADER,
     XLOG_SWITCH,
     XLP_FIRST_IS_CONTRECORD,
-    XLP_LONG_HEADER,
     Identity,
     record_crc,
 )
@@ -42,20 +40,6 @@ from walproto.wal.pages import (
 Read = Callable[[int, int], bytes]
 """(LSN, size in bytes) -> at most so much WAL from there, never beyond its segment; may be short
 or empty where there is no file or no more of it."""
-
-
-class Line(Protocol):
-    """The timelines that follow each other (:class:`walproto.timeline.history.History`)."""
-
-    @property
-    def start_lsn(self) -> int:
-        """Where the last of them branched off; 0 if those before it are not known."""
-
-    def page_tli(self, address: int) -> int:
-        """The timeline whose ID the page at ``address`` must carry."""
-
-    def file_tli(self, lsn: int, segment_size: int) -> int:
-        """The timeline in whose file the segment with ``lsn`` is."""
 
 
 WINDOW = 16 * PAGE_SIZE
@@ -68,7 +52,7 @@ _RECORD_HEADER_SIZE = RECORD_HEADER.size
 _ZEROS = bytes(PAGE_SIZE)
 
 
-class _Stop(Exception):
+class _Stop(InvalidWal):
     """Valid WAL ends here; the text says why."""
 
 
@@ -134,7 +118,7 @@ class Scanner:
                     self._walk_page(window[offset : offset + PAGE_SIZE], base + offset)
             except _Again:
                 continue
-            except _Stop as stop:
+            except InvalidWal as stop:
                 if self._missing and not self._begun_now and base - self._record <= REREAD:
                     self._go_back()
                     continue
@@ -178,35 +162,13 @@ class Scanner:
 
     def _check_page(self, page: memoryview, address: int) -> int:
         """Check everything in a page's header but its records; the header's size."""
-        magic, info, tli, page_address, _ = SHORT_HEADER.unpack_from(page)
-        identity = self._identity
-        if magic != identity.wal_format.xlp_magic:
-            raise _Stop(f"invalid magic number {magic:04X} {self._where(address)}")
-        long = address % identity.segment_size == 0
-        if info & ~identity.wal_format.all_flags or bool(info & XLP_LONG_HEADER) != long:
-            raise _Stop(f"invalid info bits {info:04X} {self._where(address)}")
-        if long:
-            *_, sysid, segment_size, block_size = LONG_HEADER.unpack_from(page)
-            if sysid != identity.system_identifier:
-                raise _Stop(
-                    "WAL file is from different database system: WAL file database system "
-                    f"identifier is {sysid}, expected {identity.system_identifier}, "
-                    + self._where(address)
-                )
-            if segment_size != identity.segment_size or block_size != PAGE_SIZE:
-                raise _Stop(f"incorrect segment size or page size {self._where(address)}")
-        if page_address != address:
-            raise _Stop(f"unexpected pageaddr {format_lsn(page_address)} {self._where(address)}")
-        expected = self._history.page_tli(address)
-        if tli > expected or (tli < expected and self._history.start_lsn):
-            raise _Stop(
-                f"unexpected timeline ID {tli} (should be {expected}) {self._where(address)}"
-            )
+        size = check_header(page, address, self._identity, self._history)
+        tli = SHORT_HEADER.unpack_from(page)[2]
         if tli < self._page_tli:
             raise _Stop(
                 f"out-of-sequence timeline ID {tli} (after {self._page_tli}) {self._where(address)}"
             )
-        return LONG_HEADER.size if long else SHORT_HEADER.size
+        return size
 
     def _walk_record(self, page: memoryview, offset: int, address: int) -> int:
         """Walk over the record at ``offset``; the offset of the next, PAGE_SIZE if there is none
@@ -303,7 +265,7 @@ class Scanner:
         self._begun_now = True
 
     def _where(self, address: int) -> str:
-        return f"in WAL segment {self._segment(address)}, LSN {format_lsn(address)}"
+        return where(address, self._identity, self._history)
 
     def _segment(self, address: int) -> str:
         size = self._identity.segment_size

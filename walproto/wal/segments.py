@@ -29,6 +29,11 @@ Stamp = tuple[int, int, int, int]
 """Device, inode, size in bytes, and time of the last change (ctime, which nobody can set back) in
 nanoseconds."""
 
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    return status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns
+
+
 _MAX_OPEN = 64
 """How many segments are kept open."""
 
@@ -118,7 +123,7 @@ class Segments:
             except ReportedError:
                 return None
             if status is not None:
-                return status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns
+                return stamp_of(status)
             self._forget(tli, lsn // self._identity.segment_size)
         return None
 

@@ -52,6 +52,8 @@ XLOG_DATA_HEADER = struct.Struct(">cIcQQq")
 """CopyData's type byte and length, then XLogData up to its data: one header, 30 bytes."""
 
 _KEEPALIVE = struct.Struct(">cIcQq?")
+_XLOG_DATA = struct.Struct(">QQq")
+_PRIMARY_KEEPALIVE = struct.Struct(">QqB")
 _STATUS_UPDATE = struct.Struct(">QQQqB")
 _FEEDBACK = struct.Struct(">qIIII")
 
@@ -93,6 +95,65 @@ class Feedback:
     xmin_epoch: int
     catalog_xmin: int
     catalog_xmin_epoch: int
+
+
+def status_update(update: StatusUpdate) -> bytes:
+    """A standby status update, for inside a CopyData."""
+    return b"r" + _STATUS_UPDATE.pack(
+        update.write_lsn,
+        update.flush_lsn,
+        update.apply_lsn,
+        update.reply_time,
+        update.reply_requested,
+    )
+
+
+def hot_standby_feedback(feedback: Feedback) -> bytes:
+    """Hot standby feedback, for inside a CopyData."""
+    return b"h" + _FEEDBACK.pack(
+        feedback.reply_time,
+        feedback.xmin,
+        feedback.xmin_epoch,
+        feedback.catalog_xmin,
+        feedback.catalog_xmin_epoch,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class WalMessage:
+    """XLogData: ``data`` is the WAL from ``data_start`` on, of what is there up to ``wal_end``."""
+
+    data_start: int
+    wal_end: int
+    data: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Keepalive:
+    """A primary keepalive message."""
+
+    wal_end: int
+    reply_requested: bool
+
+
+def parse_primary_message(data: memoryview) -> WalMessage | Keepalive:
+    """What a server sent inside CopyData while it streams.
+
+    Raises ProtocolViolation (``XLogWalRcvProcessMsg`` in ``walreceiver.c``).
+    """
+    kind = bytes(data[:1])
+    if kind == b"w" and len(data) >= 25:
+        start, end, _ = _XLOG_DATA.unpack_from(data, 1)
+        return WalMessage(start, end, data[25:])
+    if kind == b"k" and len(data) == 18:
+        end, _, requested = _PRIMARY_KEEPALIVE.unpack_from(data, 1)
+        return Keepalive(end, bool(requested))
+    what = {b"w": "WAL", b"k": "keepalive"}.get(kind)
+    raise ProtocolViolation(
+        f"invalid {what} message received from primary"
+        if what
+        else f"invalid replication message type {data[0] if data else 'of none'}"
+    )
 
 
 def parse_standby_message(data: bytes | memoryview) -> StatusUpdate | Feedback:

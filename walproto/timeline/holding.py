@@ -1,0 +1,66 @@
+"""What a directory that we receive into already holds, and so from where on WAL is to come.
+
+After a crash the newest segment may end in anything.  Its valid end is found by walking over it;
+whatever lies behind is written over by what comes.  Only if the newest segment begins within a
+record that is not whole, its end would be in a segment before; yet what came before the newest
+segment was on disk when that was begun, and was acknowledged, and a server with a slot may have
+removed it since.  So WAL is never fetched from before the start of the newest segment.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from walproto.timeline.history import History
+from walproto.timeline.survey import survey
+from walproto.timeline.tail import Tail
+from walproto.wal.pages import Identity
+from walproto.wal.segments import Segments
+from walproto.wal.writer import sync_directory, sync_file
+
+_STEP = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """The WAL in a directory, all of which is on disk."""
+
+    identity: Identity
+    history: History
+    """The newest timeline of which there is WAL, and its ancestors."""
+    valid_to: int
+    """The end of its last whole record."""
+    end: int
+    """Where WAL is to go on: :attr:`valid_to`, or the start of the newest segment behind it."""
+
+
+def examine(directory: Path) -> Holding | None:
+    """What ``directory`` holds, brought to disk; None if there is no WAL in it.
+
+    A segment that is whole and was not yet given its name, gets it.  It takes as long as walking
+    over the newest segment does.  Raises OSError if the directory cannot be read, ValueError if
+    what is there is in a format we do not know, SyncError if it cannot be brought to disk.
+    """
+    found = survey(directory)
+    if found is None:
+        return None
+    identity, history = found.identity, found.history
+    start, end = found.last_lsn, found.last_lsn + identity.segment_size
+    segments = Segments(directory, identity)
+    try:
+        tail = Tail(segments, identity, history, start)
+        while tail.advance(_STEP):
+            pass
+    finally:
+        segments.close()
+    path = directory / segments.name(history.tli, start)
+    partial = path.with_suffix(".partial")
+    is_whole = tail.position >= end
+    sync_file(path if path.exists() else partial)
+    if is_whole and not path.exists():
+        os.rename(partial, path)
+    sync_directory(directory)
+    valid_to = tail.end if tail.is_found else start
+    return Holding(identity, history, valid_to, end if is_whole else max(valid_to, start))

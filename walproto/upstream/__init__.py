@@ -1,0 +1,1 @@
+"""WAL from a live server: received, made durable, shown to those who serve it."""

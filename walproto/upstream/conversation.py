@@ -1,0 +1,392 @@
+"""What is said on one connection to an upstream, from IDENTIFY_SYSTEM to its end.
+
+It reads like what a standby's walreceiver says (``WalReceiverMain``): who are you, which timelines
+do you know, stream from here.  At the end of a timeline it goes on with the next one, on the same
+connection.  It ends with an exception in any case: an UpstreamError when the connection is gone or
+the server does not do what it was asked for, a :class:`Refusal` when its WAL does not go on from
+what is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from twisted.internet.defer import TimeoutError
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+
+from walproto.errors import ProtocolViolation
+from walproto.lsn import (
+    PAGE_SIZE,
+    format_lsn,
+    history_name,
+    is_segment_size,
+    parse_lsn,
+    segment_name,
+)
+from walproto.timeline.history import Ancestor, History, parse_history
+from walproto.timeline.holding import examine
+from walproto.timeline.replicas import Replicas
+from walproto.timeline.survey import load_history
+from walproto.upstream.connection import Answer, UpstreamConnection, UpstreamError
+from walproto.upstream.receiver import Receiver, Terms
+from walproto.upstream.store import Store, Threads
+from walproto.wal.headers import InvalidWal
+from walproto.wal.incoming import IncomingWal
+from walproto.wal.segments import Segments
+from walproto.wal.writer import store_history
+
+UNDEFINED_FILE = "58P01"
+DUPLICATE_OBJECT = "42710"
+
+
+class Refusal(Exception):
+    """Why WAL is not received from a server that could be reached: for the operator, who has to
+    do something about it.
+
+    ``fence_lsn`` is where the server's history forked from ours, None if that is not the matter.
+    """
+
+    def __init__(self, message: str, fence_lsn: int | None = None) -> None:
+        super().__init__(message)
+        self.fence_lsn = fence_lsn
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamOptions:
+    """What the operator wants of the upstream; times are in seconds.
+
+    ``slot`` is the replication slot's name, None for none, to be created if ``create_slot``;
+    ``start_lsn`` is where to begin with an empty directory, 0 for what the slot or the server
+    says; ``timeout`` is wal_receiver_timeout; ``feedback`` is hot_standby_feedback.
+    """
+
+    slot: str | None = None
+    create_slot: bool = False
+    start_lsn: int = 0
+    timeout: float = 60.0
+    feedback: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """What a server says of itself: IDENTIFY_SYSTEM, and the history of its timeline."""
+
+    system_identifier: int
+    tli: int
+    lsn: int
+    history: History
+    history_contents: bytes
+    segment_size: int
+
+
+class Conversation:
+    """One connection's conversation.
+
+    ``streaming`` is called when WAL is about to come.
+    """
+
+    _log = Logger()
+
+    def __init__(
+        self,
+        connection: UpstreamConnection,
+        directory: Path,
+        store: Store,
+        replicas: Replicas,
+        options: UpstreamOptions,
+        clock: IReactorTime,
+        threads: Threads,
+        streaming: Callable[[], None],
+    ) -> None:
+        self._connection = connection
+        self._directory = directory
+        self._store = store
+        self._replicas = replicas
+        self._options = options
+        self._clock = clock
+        self._threads = threads
+        self._streaming = streaming
+        self._receiver: Receiver | None = None
+
+    def progressed(self) -> None:
+        """The store has got further."""
+        if self._receiver is not None:
+            self._receiver.progressed()
+
+    async def hold(self) -> None:
+        """Receive WAL for as long as it comes.  Always raises, an UpstreamError or a Refusal."""
+        try:
+            await self._converse()
+        except ValueError as error:
+            raise UpstreamError(f"the server's answers make no sense: {error}") from None
+
+    async def _converse(self) -> None:
+        server = await self._know_server()
+        slot_lsn = await self._prepare_slot()
+        if self._store.identity is None:
+            self._begin(server, slot_lsn)
+        while True:
+            ended = server.history.ancestor(self._store.tli)
+            if ended and self._store.flush_lsn >= ended.switch_lsn:
+                self._go_over(ended, server)
+                continue
+            await self._stream(server, slot_lsn)
+            before, server = server, await self._know_server()
+            if server.history == before.history:
+                raise UpstreamError("the server has ended the stream and does not say why")
+
+    # --- who is it? ------------------------------------------------------------------------
+
+    async def _know_server(self) -> Server:
+        """Ask the server who it is; Refusal if its WAL does not go on from what is here.
+
+        The history files that we lack are here when this returns.
+        """
+        server = await self._identify()
+        ours = self._store.identity
+        if ours is not None:
+            if server.system_identifier != ours.system_identifier:
+                raise Refusal(
+                    "the database system identifier differs: the server's is "
+                    f"{server.system_identifier}, that of the WAL here is "
+                    f"{ours.system_identifier}: connect to the right server, or receive into "
+                    "another directory"
+                )
+            if server.segment_size != ours.segment_size:
+                raise Refusal(
+                    f"the server's WAL segments have {server.segment_size} bytes, those here "
+                    f"{ours.segment_size}"
+                )
+            await self._check_branch(server)
+        await self._store_histories(server)
+        return server
+
+    async def _identify(self) -> Server:
+        (system_identifier, tli_text, lsn), *_ = await self._rows("IDENTIFY_SYSTEM", 3)
+        ((size,), *_) = await self._rows("SHOW wal_segment_size", 1)
+        tli = int(tli_text)
+        contents = await self._fetch_history(tli) if tli > 1 else b""
+        return Server(
+            system_identifier=int(system_identifier),
+            tli=tli,
+            lsn=parse_lsn(lsn),
+            history=parse_history(tli, contents),
+            history_contents=contents,
+            segment_size=_parse_size(size),
+        )
+
+    async def _check_branch(self, server: Server) -> None:
+        """Refusal if the server's WAL does not go on from ours."""
+        store = self._store
+        ours = load_history(self._directory, store.tli)
+        if server.tli < ours.tli and ours.ancestor(server.tli):
+            raise Refusal(
+                f"the server's timeline {server.tli} is behind timeline {ours.tli}, which is "
+                "here: it is not the primary any longer"
+            )
+        common = ours.common_end(server.history)
+        if store.flush_lsn > common:
+            # It may be but a part of a record, which the server never finished.
+            holding = await self._threads.run(lambda: examine(self._directory))
+            if holding.valid_to > common:
+                name = segment_name(ours.tli, common // server.segment_size, server.segment_size)
+                raise Refusal(
+                    f"the server's timeline {server.tli} forked from timeline {ours.tli} at "
+                    f"{format_lsn(common)}, and WAL up to {format_lsn(holding.valid_to)} of "
+                    f"timeline {ours.tli} is here, which the server does not have: nothing is "
+                    f"received any more, and clients get WAL up to {format_lsn(common)}; to go "
+                    "over to the server's timeline, stop this walsender, move the segments "
+                    f"from {name} on elsewhere, and start it again",
+                    fence_lsn=common,
+                )
+        elif server.tli == ours.tli and server.lsn < store.flush_lsn:
+            raise UpstreamError(
+                f"the server's WAL ends at {format_lsn(server.lsn)}, before that which is here, "
+                f"{format_lsn(store.flush_lsn)}: it has lost WAL, or has yet to receive it"
+            )
+
+    async def _store_histories(self, server: Server) -> None:
+        """Have all history files here up to the server's timeline."""
+        for tli in range(2, server.tli + 1):
+            here = self._directory / history_name(tli)
+            contents = server.history_contents if tli == server.tli else b""
+            try:
+                if here.read_bytes() == contents or tli < server.tli:
+                    continue
+            except FileNotFoundError:
+                pass
+            try:
+                contents = contents or await self._fetch_history(tli)
+            except UpstreamError as error:
+                if error.sqlstate != UNDEFINED_FILE:
+                    raise
+                continue  # of a timeline that is none of its ancestors, it need not have one
+            await self._threads.run(partial(store_history, self._directory, tli, contents))
+            self._log.info("{name} is here", name=history_name(tli))
+
+    async def _fetch_history(self, tli: int) -> bytes:
+        answer = await self._ask(f"TIMELINE_HISTORY {tli}")
+        if not answer.rows or len(answer.rows[0]) != 2:
+            raise UpstreamError("unexpected result of TIMELINE_HISTORY")
+        return answer.rows[0][1] or b""
+
+    # --- from where? -----------------------------------------------------------------------
+
+    async def _prepare_slot(self) -> int:
+        """See to it that the slot is there; its restart_lsn, 0 if that is not known."""
+        slot = self._options.slot
+        if slot is None:
+            return 0
+        found = await self._read_slot(slot)
+        if found is None and self._options.create_slot:
+            try:
+                await self._ask(f'CREATE_REPLICATION_SLOT "{slot}" PHYSICAL RESERVE_WAL')
+            except UpstreamError as error:
+                if error.sqlstate != DUPLICATE_OBJECT:
+                    raise
+            else:
+                self._log.info('created replication slot "{slot}"', slot=slot)
+            found = await self._read_slot(slot)
+        elif found is None and self._connection.major >= 15:
+            raise Refusal(
+                f'replication slot "{slot}" does not exist: create it, or have it created '
+                "with --upstream-create-slot"
+            )
+        return found or 0
+
+    async def _read_slot(self, slot: str) -> int | None:
+        """The slot's restart_lsn, 0 if it has none; None if there is no such slot, or no way to
+        know."""
+        if self._connection.major < 15:
+            return None
+        answer = await self._ask(f'READ_REPLICATION_SLOT "{slot}"')
+        if not answer.rows or len(answer.rows[0]) != 3:
+            raise UpstreamError("unexpected result of READ_REPLICATION_SLOT")
+        kind, restart_lsn, _ = answer.rows[0]
+        if kind is None:
+            return None
+        return parse_lsn(restart_lsn.decode()) if restart_lsn else 0
+
+    def _begin(self, server: Server, slot_lsn: int) -> None:
+        """Begin where nothing is here yet: with a whole segment."""
+        lsn = self._options.start_lsn or slot_lsn or server.lsn
+        lsn -= lsn % server.segment_size
+        tli = server.history.file_tli(lsn, server.segment_size)
+        self._store.begin(tli, lsn, server.segment_size, synced_to=lsn, flush_lsn=0)
+
+    def _go_over(self, ended: Ancestor, server: Server) -> None:
+        """Begin the timeline that goes on from the one that is received."""
+        size = server.segment_size
+        start = ended.switch_lsn - ended.switch_lsn % size
+        self._store.begin(ended.next_tli, start, size, synced_to=start, flush_lsn=ended.switch_lsn)
+
+    # --- streaming -------------------------------------------------------------------------
+
+    async def _stream(self, server: Server, slot_lsn: int) -> None:
+        """Receive the WAL of the store's timeline, up to its end if it has one."""
+        store, tli = self._store, self._store.tli
+        start = store.received_lsn - store.received_lsn % PAGE_SIZE
+        incoming = IncomingWal(
+            server.system_identifier,
+            server.segment_size,
+            store.identity,
+            server.history.up_to(tli),
+            start,
+        )
+        receiver = Receiver(
+            self._connection,
+            store,
+            incoming,
+            self._clock,
+            Terms(
+                timeout=self._options.timeout,
+                flush_from=slot_lsn,
+                known=self._known(tli, start),
+                replicas=self._replicas if self._options.feedback else None,
+            ),
+        )
+        slot = f'SLOT "{self._options.slot}" ' if self._options.slot else ""
+        try:
+            answer = await self._ask(
+                f"START_REPLICATION {slot}PHYSICAL {format_lsn(start)} TIMELINE {tli}"
+            )
+            if not answer.is_streaming:
+                return
+            self._log.info(
+                "receiving from {peer}: timeline {tli} from {lsn}",
+                peer=self._connection.peer,
+                tli=tli,
+                lsn=format_lsn(start),
+            )
+            self._streaming()
+            self._receiver = receiver
+            self._connection.heard = receiver.heard
+            streaming = self._connection.copy(receiver.take)
+            receiver.start()
+            await streaming
+            await store.when_idle()
+        except InvalidWal as error:
+            raise Refusal(f"what came is not the WAL that should: {error}") from None
+        except ProtocolViolation as error:
+            raise UpstreamError(error.message) from None
+        except UpstreamError as error:
+            if error.sqlstate != UNDEFINED_FILE:
+                raise
+            name = segment_name(tli, start // server.segment_size, server.segment_size)
+            raise Refusal(
+                f"the server has no WAL from {format_lsn(start)} on any more ({error}): copy "
+                f"the missing segments, from {name} on, into {self._directory} from an archive "
+                "or another server; or begin anew with an empty directory"
+            ) from None
+        finally:
+            receiver.stop()
+            self._receiver = None
+
+    def _known(self, tli: int, start: int) -> bytes:
+        """The WAL from ``start`` on that is here already."""
+        identity, end = self._store.identity, self._store.received_lsn
+        if identity is None or start == end:
+            return b""
+        segments = Segments(self._directory, identity)
+        try:
+            return segments.read(tli, start, end - start)
+        finally:
+            segments.close()
+
+    # --- asking ----------------------------------------------------------------------------
+
+    async def _ask(self, command: str) -> Answer:
+        """Have a command executed.  UpstreamError if the server refuses, or is silent."""
+        asked = self._connection.query(command)
+        if self._options.timeout:
+            asked.addTimeout(self._options.timeout, self._clock)
+        try:
+            return await asked
+        except TimeoutError:
+            raise UpstreamError(
+                f"no answer to {command.split()[0]} for {self._options.timeout:g} s"
+            ) from None
+
+    async def _rows(self, command: str, columns: int) -> list[list[str]]:
+        """The rows that a command results in, as so many columns of text none of which is NULL."""
+        answer = await self._ask(command)
+        rows = [
+            [value.decode() for value in row[:columns] if value is not None] for row in answer.rows
+        ]
+        if not rows or any(len(row) != columns for row in rows):
+            raise UpstreamError(f"unexpected result of {command}")
+        return rows
+
+
+def _parse_size(text: str) -> int:
+    """The segment size in bytes that ``16MB`` or ``1GB`` stands for."""
+    units = {"MB": 1 << 20, "GB": 1 << 30}
+    number, unit = text[:-2], text[-2:]
+    size = int(number) * units[unit] if number.isdecimal() and unit in units else 0
+    if not is_segment_size(size):
+        raise UpstreamError(f'wal_segment_size is "{text}", which no server can have')
+    return size

@@ -1,0 +1,317 @@
+"""A replication connection to a server, made by libpq and driven by the reactor.
+
+libpq knows all that a connection string may say: hosts that are tried in turn, TLS, passwords and
+where they are kept.  It connects in a thread of its own, for it may wait there for a name server
+or for a host that does not answer.  From then on nothing waits: libpq is asked whenever its socket
+has something to read or takes something to write.
+
+PostgreSQL documentation: "libpq", chapters "Asynchronous Command Processing" and "Functions
+Associated with the COPY Command".
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from psycopg import Error as PsycopgError
+from psycopg import pq
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.pq.abc import PGconn, PGresult
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IDelayedCall, IReadWriteDescriptor
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from walproto.upstream.connection import Answer, Row, UpstreamError
+
+CONNECT_TIMEOUT = 10
+"""Seconds for each host to answer, unless the connection string says otherwise."""
+
+TURN = 16
+"""Messages that are dealt with before it is others' turn."""
+
+
+def replication_conninfos(conninfo: str) -> list[str]:
+    """The connection strings for a replication connection as ``conninfo`` has it, a string of
+    keywords or a URI.
+
+    There is one for each of the hosts it names, with that one first: libpq tries them in turn, but
+    always from the first, be it one that answers and is of no use.  Raises ValueError if it is no
+    connection string.
+    """
+    try:
+        given = {name: str(value) for name, value in conninfo_to_dict(conninfo).items()}
+        settings = _defaults() | given
+        made: dict[str, Any] = {"fallback_application_name": "walproto"}
+        if not settings.get("connect_timeout"):
+            made["connect_timeout"] = CONNECT_TIMEOUT
+        # As walreceiver has it: "replication" is the database in a password file.
+        made |= {"replication": "true", "dbname": "replication"}
+        lists = {name: settings[name].split(",") for name in _HOSTS if settings.get(name)}
+        count = max(map(len, lists.values()), default=1)
+        return [make_conninfo(conninfo, **made, **_turned(lists, turn)) for turn in range(count)]
+    except PsycopgError as error:
+        raise ValueError(str(error).strip()) from None
+
+
+_HOSTS = ("host", "hostaddr", "port")
+
+
+def _turned(lists: dict[str, list[str]], turn: int) -> dict[str, str]:
+    """The lists of hosts and ports, begun with another one; a single port is that of all hosts."""
+    if turn == 0:
+        return {}
+    return {
+        name: ",".join(values[turn:] + values[:turn]) if len(values) > 1 else values[0]
+        for name, values in lists.items()
+    }
+
+
+def _defaults() -> dict[str, str]:
+    """What the environment says where the connection string does not."""
+    return {one.keyword.decode(): one.val.decode() for one in pq.Conninfo.get_defaults() if one.val}
+
+
+def connect(reactor: Any, conninfo: str) -> Deferred[Connection]:
+    """Connect; the Deferred fails with an UpstreamError if that is not to be.
+
+    If it is cancelled, whatever comes of it is closed.
+    """
+    connected = Deferred[Connection](lambda _: None)
+
+    def work() -> None:
+        pgconn = pq.PGconn.connect(conninfo.encode())
+        reactor.callFromThread(done, pgconn)
+
+    def done(pgconn: PGconn) -> None:
+        if connected.called:
+            pgconn.finish()
+        elif pgconn.status != pq.ConnStatus.OK:
+            message = pgconn.get_error_message().strip()
+            pgconn.finish()
+            connected.errback(UpstreamError(message))
+        else:
+            connected.callback(Connection(pgconn, reactor))
+
+    threading.Thread(target=work, name="libpq", daemon=True).start()
+    return connected
+
+
+@implementer(IReadWriteDescriptor)
+class Connection:
+    """A connection that is there: an :class:`~walproto.upstream.connection.UpstreamConnection`."""
+
+    _log = Logger()
+
+    def __init__(self, pgconn: PGconn, reactor: Any) -> None:
+        self._pgconn = pgconn
+        self._reactor = reactor
+        self._fd: int = pgconn.socket
+        self._rows: list[Row] = []
+        self._awaiting: Deferred[Answer] | None = None
+        self._take: Callable[[memoryview], None] | None = None
+        self._next_turn: IDelayedCall | None = None
+        self._is_paused = False
+        self._problem: UpstreamError | None = None
+        self._error: UpstreamError | None = None
+        self.heard: Callable[[], None] = lambda: None
+        self.peer = _address(pgconn)
+        self.major = pgconn.server_version // 10000
+        pgconn.nonblocking = 1
+        pgconn.notice_handler = self._notice
+        reactor.addReader(self)
+
+    def query(self, command: str) -> Deferred[Answer]:
+        return self._await(lambda: self._pgconn.send_query(command.encode()))
+
+    def copy(self, take: Callable[[memoryview], None]) -> Deferred[Answer]:
+        self._take = take
+        return self._await(lambda: None)
+
+    def send(self, data: bytes) -> None:
+        if self._error is None and self._take is not None:
+            try:
+                self._pgconn.put_copy_data(data)
+                self._flush()
+            except PsycopgError as error:
+                self.lose(str(error).strip())
+
+    def pause(self) -> None:
+        if not self._is_paused and self._error is None:
+            self._is_paused = True
+            self._reactor.removeReader(self)
+
+    def resume(self) -> None:
+        if self._is_paused and self._error is None:
+            self._is_paused = False
+            self._reactor.addReader(self)
+            self._schedule()  # libpq may have read more than we took
+
+    @property
+    def is_paused(self) -> bool:
+        return self._is_paused
+
+    def lose(self, why: str) -> None:
+        self._end(UpstreamError(why))
+
+    # --- for the reactor to call -----------------------------------------------------------
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def logPrefix(self) -> str:
+        return "upstream"
+
+    def doRead(self) -> None:
+        if self._error is not None:
+            return
+        try:
+            self._pgconn.consume_input()
+        except PsycopgError as error:
+            self._advance()  # what came before the end may tell more
+            self._end(self._problem or UpstreamError(str(error).strip()))
+            return
+        self.heard()
+        self._advance()
+
+    def doWrite(self) -> None:
+        try:
+            self._flush()
+        except PsycopgError as error:
+            self.lose(str(error).strip())
+
+    def connectionLost(self, reason: Failure) -> None:
+        self.doRead()
+        self.lose("the connection was lost")
+
+    # --- within ----------------------------------------------------------------------------
+
+    def _await(self, ask: Callable[[], None]) -> Deferred[Answer]:
+        assert self._awaiting is None
+        awaiting = Deferred[Answer]()
+        self._awaiting = awaiting
+        self._rows, self._problem = [], None
+        if self._error is not None:
+            self._fail(self._error)
+            return awaiting
+        try:
+            ask()
+            self._flush()
+        except PsycopgError as error:
+            self.lose(str(error).strip())
+        else:
+            self._schedule()
+        return awaiting
+
+    def _schedule(self) -> None:
+        if self._next_turn is None and not self._is_paused:
+            self._next_turn = self._reactor.callLater(0, self._take_turn)
+
+    def _take_turn(self) -> None:
+        self._next_turn = None
+        self._advance()
+
+    def _advance(self) -> None:
+        """Deal with what libpq has read."""
+        try:
+            if self._take is not None and not self._take_data(self._take):
+                return
+            while self._awaiting and not self._take and not self._pgconn.is_busy():
+                self._take_result()
+        except PsycopgError as error:
+            self.lose(str(error).strip())
+        except Exception as error:  # raised by who takes the data
+            self._fail(error)
+
+    def _take_data(self, take: Callable[[memoryview], None]) -> bool:
+        """Deal with some messages; whether the stream is over."""
+        for _ in range(TURN):
+            if self._is_paused or self._error is not None:
+                return False
+            size, data = self._pgconn.get_copy_data(1)
+            if size == 0:
+                return False
+            if size < 0:
+                self._take = None
+                return True
+            take(memoryview(data))
+        self._schedule()
+        return False
+
+    def _take_result(self) -> None:
+        result = self._pgconn.get_result()
+        if result is None:
+            if self._problem is not None:
+                self._fail(self._problem)
+            else:
+                self._succeed(Answer(self._rows))
+            return
+        match result.status:
+            case pq.ExecStatus.COPY_IN:  # it has ended the stream, so do we
+                self._pgconn.put_copy_end()
+                self._flush()
+            case pq.ExecStatus.COPY_BOTH:
+                self._succeed(Answer(self._rows, is_streaming=True))
+            case pq.ExecStatus.TUPLES_OK:
+                columns = range(result.nfields)
+                self._rows += [
+                    [result.get_value(row, column) for column in columns]
+                    for row in range(result.ntuples)
+                ]
+            case pq.ExecStatus.FATAL_ERROR:
+                self._problem = _problem(result)
+
+    def _succeed(self, answer: Answer) -> None:
+        awaiting, self._awaiting = self._awaiting, None
+        if awaiting is not None:
+            awaiting.callback(answer)
+
+    def _fail(self, error: Exception) -> None:
+        awaiting, self._awaiting = self._awaiting, None
+        self._take = None
+        if awaiting is not None:
+            awaiting.errback(error)
+
+    def _flush(self) -> None:
+        if self._pgconn.flush():
+            self._reactor.addWriter(self)
+        else:
+            self._reactor.removeWriter(self)
+
+    def _notice(self, result: PGresult) -> None:
+        text = result.error_message.decode("utf-8", "replace").strip()
+        self._log.info("{peer} says: {text}", peer=self.peer, text=text)
+
+    def _end(self, error: UpstreamError) -> None:
+        if self._error is not None:
+            return
+        self._error = error
+        self._reactor.removeReader(self)
+        self._reactor.removeWriter(self)
+        if self._next_turn is not None:
+            self._next_turn.cancel()
+            self._next_turn = None
+        self._pgconn.finish()
+        self._fail(error)
+
+
+def _address(pgconn: PGconn) -> str:
+    host, port = pgconn.host.decode(), pgconn.port.decode()
+    return host if host.startswith("/") else f"{host}:{port}"
+
+
+def _problem(result: PGresult) -> UpstreamError:
+    """The error that a result carries."""
+
+    def field(code: pq.DiagnosticField) -> str:
+        return (result.error_field(code) or b"").decode("utf-8", "replace")
+
+    message = field(pq.DiagnosticField.MESSAGE_PRIMARY)
+    message = message or result.error_message.decode("utf-8", "replace").strip()
+    detail = field(pq.DiagnosticField.MESSAGE_DETAIL)
+    return UpstreamError(
+        f"{message} ({detail})" if detail else message, field(pq.DiagnosticField.SQLSTATE)
+    )

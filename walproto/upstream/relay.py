@@ -1,0 +1,224 @@
+"""A relay: a timeline that is received from a live server and served at the same time.
+
+:class:`WalRelay` connects to the server, holds a
+:class:`~walproto.upstream.conversation.Conversation` with it, and when that ends, whyever, does
+so again, for as long as it runs.  What it receives its :class:`~walproto.upstream.store.Store`
+makes durable, in a directory that a :class:`~walproto.timeline.directory.WalDirectory` serves; the
+two share a :class:`~walproto.timeline.received.Received`, which says how far that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from twisted.application.internet import backoffPolicy
+from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
+from twisted.internet.task import deferLater
+from twisted.internet.threads import deferToThreadPool
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from walproto.timeline.directory import WalDirectory
+from walproto.timeline.holding import examine
+from walproto.timeline.received import Received
+from walproto.upstream.connection import UpstreamError
+from walproto.upstream.conversation import Conversation, Refusal, UpstreamOptions
+from walproto.upstream.fence import Fence
+from walproto.upstream.lock import DirectoryLock
+from walproto.upstream.store import Store
+from walproto.wal.writer import SyncError
+
+FIRST_WAIT, LONGEST_WAIT = 0.1, 10.0
+"""Seconds between two tries to connect: at first, and after many in vain."""
+
+
+class ReactorThreads:
+    """The reactor's thread pool (:class:`~walproto.upstream.store.Threads`)."""
+
+    def __init__(self, reactor: Any) -> None:
+        self._reactor = reactor
+
+    def run(self, work: Callable[[], Any]) -> Deferred[Any]:
+        return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), work)
+
+    def tell(self, what: Callable[..., Any], *arguments: Any) -> None:
+        self._reactor.callFromThread(what, *arguments)
+
+
+class WalRelay:
+    """Receives WAL from the server at ``conninfo``, a libpq connection string, into ``directory``.
+
+    What is there is in :attr:`timeline`, to be served; that goes on when the receiving is stopped.
+    ``options`` are those of :class:`~walproto.upstream.conversation.UpstreamOptions`.  ``failed``
+    is called once if the receiving can never go on, with the error: a SyncError, when the disk
+    does not keep what it is given.  Nothing is acknowledged from then on, and the program should
+    end.
+
+    Needs psycopg: ``walproto[upstream]``.  Raises ValueError if ``conninfo`` is no connection
+    string, or if ``directory`` is not to be received into, as when another relay does already.
+    """
+
+    _log = Logger()
+
+    def __init__(
+        self,
+        directory: Path | str,
+        conninfo: str,
+        reactor: Any,
+        *,
+        failed: Callable[[Exception], None] = lambda error: None,
+        **options: Any,
+    ) -> None:
+        from walproto.upstream import libpq
+
+        self._connect = partial(libpq.connect, reactor)
+        self._conninfos = libpq.replication_conninfos(conninfo)
+        self._options = UpstreamOptions(**options)
+        self._directory = Path(directory)
+        self._lock = DirectoryLock(self._directory)
+        self._reactor = reactor
+        self._failed = failed
+        self._threads = ReactorThreads(reactor)
+        self._fence = Fence(self._directory)
+        self._fence_lsn: int | None = None
+        received = Received()
+        self.timeline = WalDirectory(directory, reactor, received=received)
+        self._store = Store(
+            self._directory, received, reactor, self._threads, self._progressed, self._broken
+        )
+        self._conversation: Conversation | None = None
+        self._running: Deferred[None] | None = None
+        self._wait_for = backoffPolicy(FIRST_WAIT, LONGEST_WAIT, factor=2)
+        self._tries = 0
+        self._turn = 0
+        self._said = ""
+        self._shown = 0
+        self._streams_since: float | None = None
+        self._changed = 0
+
+    def start(self) -> None:
+        """Find out what the directory holds, serve it, and begin to receive."""
+        self._running = ensureDeferred(self._run())
+        self._running.addErrback(self._ended)
+
+    def stop(self) -> Deferred[None]:
+        """Receive no more.  Fires when all that was received is on disk."""
+        return ensureDeferred(self._stop())
+
+    async def _stop(self) -> None:
+        if self._running is not None:
+            self._running.cancel()
+        await self._store.stop()
+        self._lock.release()
+
+    async def _run(self) -> None:
+        await self._look()
+        self._fence_lsn = self._fence.read()
+        self.timeline.fence(self._fence_lsn)
+        self.timeline.start()
+        while True:
+            self._streams_since = None
+            try:
+                await self._receive()
+            except UpstreamError as error:
+                self._tell(self._log.warn, f"{error}: trying again")
+            except OSError as error:
+                self._tell(self._log.critical, f"{self._directory}: {error.strerror}")
+            except Refusal as refusal:
+                self._tell(self._log.critical, f"{refusal}")
+                self._turn += 1
+                await self._refuse(refusal)
+            except (CancelledError, SyncError):
+                raise
+            except Exception:
+                self._log.failure("a defect in walproto: connecting to the upstream again")
+            since = self._streams_since
+            if since is not None and self._reactor.seconds() - since > LONGEST_WAIT:
+                self._tries, self._said = 0, ""
+            await self._store.when_idle()
+            await deferLater(self._reactor, self._wait_for(self._tries))
+            self._tries += 1
+
+    async def _refuse(self, refusal: Refusal) -> None:
+        """We do not want that server's WAL."""
+        lsn = refusal.fence_lsn
+        if lsn is not None and lsn != self._fence_lsn:
+            self._fence_lsn = lsn
+            self.timeline.fence(lsn)
+            await self._threads.run(lambda: self._fence.put_up(lsn, str(refusal)))
+        await self._look()
+
+    async def _look(self) -> None:
+        """Find out what is in the directory.  If it was known, somebody may have put missing
+        segments there since."""
+        changed = self._directory.stat().st_mtime_ns
+        if changed == self._changed:
+            return
+        self._changed = changed
+        holding = await self._threads.run(lambda: examine(self._directory))
+        await self._store.when_idle()
+        if holding is not None and holding.end > self._store.received_lsn:
+            self._store.go_on_from(holding)
+
+    async def _receive(self) -> None:
+        """Connect and receive for as long as it goes well."""
+        connection = await self._connect(self._conninfos[self._turn % len(self._conninfos)])
+        self._conversation = Conversation(
+            connection,
+            self._directory,
+            self._store,
+            self.timeline.replicas,
+            self._options,
+            self._reactor,
+            self._threads,
+            self._streaming,
+        )
+        try:
+            await self._conversation.hold()
+        finally:
+            self._conversation = None
+            connection.lose("we are done with it")
+
+    def _streaming(self) -> None:
+        """WAL is about to come."""
+        self._streams_since = self._reactor.seconds()
+        if self._fence_lsn is not None:
+            self._fence_lsn = None
+            self.timeline.fence(None)
+            self._fence.take_down()
+
+    def _progressed(self) -> None:
+        if self._shown != self._store.flush_lsn:
+            self._shown = self._store.flush_lsn
+            self.timeline.look()
+        if self._conversation is not None:
+            self._conversation.progressed()
+
+    def _tell(self, log: Callable[..., None], text: str) -> None:
+        """Tell the operator, once, what is wrong."""
+        if text != self._said:
+            self._said = text
+            log("upstream: {text}", text=text)
+
+    def _ended(self, failure: Failure) -> None:
+        if not failure.check(CancelledError):
+            assert isinstance(failure.value, Exception)
+            self._broken(failure.value)
+
+    def _broken(self, error: Exception) -> None:
+        """It can never go on."""
+        what = str(error)
+        if isinstance(error, SyncError):
+            what += (
+                ": what is on disk is not known any more, so nothing more is acknowledged: see to "
+                "the disk, then start again"
+            )
+        elif not isinstance(error, (OSError, ValueError)):
+            self._log.failure("a defect in walproto", Failure(error))
+        self._log.critical("nothing more is received: {what}", what=what)
+        if self._running is not None:
+            self._running.cancel()
+        self._failed(error)
