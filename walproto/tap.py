@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ from typing import Any, ClassVar
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.endpoints import serverFromString
+from twisted.internet.error import ReactorNotRunning
 from twisted.internet.interfaces import IListeningPort, IReactorFromThreads, IStreamServerEndpoint
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -274,7 +276,8 @@ def _end(error: Exception) -> None:
         os._exit(os.EX_IOERR if isinstance(error, SyncError) else 1)
 
     reactor.addSystemEventTrigger("after", "shutdown", exit_at_once)
-    reactor.stop()
+    with suppress(ReactorNotRunning):  # it is being stopped already
+        reactor.stop()
 
 
 def _make_relay(options: Options, reactor: Any) -> WalRelay | None:

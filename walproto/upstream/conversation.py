@@ -205,8 +205,8 @@ class Conversation:
                 )
         elif server.tli == ours.tli and server.lsn < store.flush_lsn:
             raise UpstreamError(
-                f"the server's WAL ends at {format_lsn(server.lsn)}, before that which is here, "
-                f"{format_lsn(store.flush_lsn)}: it has lost WAL, or has yet to receive it"
+                f"the server's WAL ends before {format_lsn(store.flush_lsn)}, up to which it is "
+                "here: it has lost WAL, or has yet to receive it"
             )
 
     async def _store_histories(self, server: Server) -> None:
@@ -336,15 +336,21 @@ class Conversation:
         except UpstreamError as error:
             if error.sqlstate != UNDEFINED_FILE:
                 raise
-            name = segment_name(tli, start // server.segment_size, server.segment_size)
-            raise Refusal(
-                f"the server has no WAL from {format_lsn(start)} on any more ({error}): copy "
-                f"the missing segments, from {name} on, into {self._directory} from an archive "
-                "or another server; or begin anew with an empty directory"
-            ) from None
+            raise self._gap(tli, store.received_lsn, error) from None
         finally:
             receiver.stop()
             self._receiver = None
+
+    def _gap(self, tli: int, lsn: int, error: UpstreamError) -> Refusal:
+        text = f"the server has no WAL from {format_lsn(lsn)} on any more ({error}): "
+        if self._store.identity is None:
+            return Refusal(text + "begin later, with another slot or --upstream-start")
+        size = self._store.identity.segment_size
+        name = segment_name(tli, lsn // size, size)
+        return Refusal(
+            text + f"copy the missing segments, from {name} on, into {self._directory} from an "
+            "archive or another server; or begin anew with an empty directory"
+        )
 
     def _known(self, tli: int, start: int) -> bytes:
         """The WAL from ``start`` on that is here already."""

@@ -263,6 +263,10 @@ class Connection:
                 ]
             case pq.ExecStatus.FATAL_ERROR:
                 self._problem = _problem(result)
+            case pq.ExecStatus.COMMAND_OK:
+                pass
+            case unexpected:
+                self.lose(f"unexpected result ({pq.ExecStatus(unexpected).name})")
 
     def _succeed(self, answer: Answer) -> None:
         awaiting, self._awaiting = self._awaiting, None

@@ -15,10 +15,11 @@ class DirectoryLock:
     """
 
     def __init__(self, directory: Path) -> None:
-        if (directory.parent / "global" / "pg_control").exists() and (
-            directory / "archive_status"
-        ).exists():
-            raise ValueError(f"{directory} is the pg_wal of a PostgreSQL server, who writes to it")
+        if (directory / "archive_status").exists():
+            raise ValueError(
+                f"{directory} is the pg_wal of a PostgreSQL server, which writes to it itself "
+                "(there is archive_status in it)"
+            )
         try:
             self._fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:

@@ -94,7 +94,7 @@ class WalRelay:
         self._wait_for = backoffPolicy(FIRST_WAIT, LONGEST_WAIT, factor=2)
         self._tries = 0
         self._turn = 0
-        self._said = ""
+        self._said: set[str] = set()
         self._shown = 0
         self._streams_since: float | None = None
         self._changed = 0
@@ -137,7 +137,8 @@ class WalRelay:
                 self._log.failure("a defect in walproto: connecting to the upstream again")
             since = self._streams_since
             if since is not None and self._reactor.seconds() - since > LONGEST_WAIT:
-                self._tries, self._said = 0, ""
+                self._tries = 0
+                self._said.clear()
             await self._store.when_idle()
             await deferLater(self._reactor, self._wait_for(self._tries))
             self._tries += 1
@@ -199,8 +200,8 @@ class WalRelay:
 
     def _tell(self, log: Callable[..., None], text: str) -> None:
         """Tell the operator, once, what is wrong."""
-        if text != self._said:
-            self._said = text
+        if text not in self._said:
+            self._said.add(text)
             log("upstream: {text}", text=text)
 
     def _ended(self, failure: Failure) -> None:

@@ -186,9 +186,10 @@ class Store:
         return problem
 
     def _written(self, lsn: int) -> None:
-        self._writer_lsn = lsn
-        self.written_lsn = max(self.written_lsn, lsn)
-        self._progressed()
+        if lsn > self._writer_lsn:
+            self._writer_lsn = lsn
+            self.written_lsn = max(self.written_lsn, lsn)
+            self._progressed()
 
     def _done(self, problem: OSError | None) -> None:
         writer = self._writer
@@ -197,7 +198,8 @@ class Store:
         for segment_end, stamp in writer.completed:
             self._received.complete(writer.tli, segment_end, stamp)
         writer.completed.clear()
-        self.flush_lsn = max(self.flush_lsn, writer.lsn)
+        if self.written_lsn:
+            self.flush_lsn = max(self.flush_lsn, writer.lsn)
         self._received.synced_to = max(self._received.synced_to, writer.lsn)
         if problem is None:
             self._job = []
