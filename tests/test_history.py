@@ -121,3 +121,83 @@ def test_what_was_built_is_read() -> None:
     second = child.lsn
     history = parse_history(4, child.fork(4).history_contents)
     assert history == History(4, (Ancestor(1, first, 2), Ancestor(2, second, 4)))
+
+
+@given(switches)
+def test_the_history_of_an_ancestor_is_what_came_before_it(lsns: list[int]) -> None:
+    histories = [History(1)]
+    for tli, lsn in enumerate(lsns, 1):
+        ended = Ancestor(tli, lsn, tli + 1)
+        histories.append(History(tli + 1, (*histories[-1].ancestors, ended)))
+    for history in histories:
+        for before in histories[: history.tli]:
+            assert history.up_to(before.tli) == before
+
+
+def test_the_history_of_an_ancestor_that_is_not_known_stands_alone() -> None:
+    history = History(5, (Ancestor(3, 1000, 5),))
+    assert history.up_to(3) == History(3)
+    assert History(5).up_to(5) == History(5)
+
+
+ONE = History(1)
+TWO = History(2, (Ancestor(1, 1000, 2),))
+OTHER_TWO = History(2, (Ancestor(1, 900, 2),))
+THREE = History(3, (Ancestor(1, 1000, 2), Ancestor(2, 2000, 3)))
+THREE_OF_ONE = History(3, (Ancestor(1, 1500, 3),))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "end"),
+    [
+        (ONE, ONE, 2**64),
+        (THREE, THREE, 2**64),
+        (ONE, TWO, 1000),
+        (ONE, THREE, 1000),
+        (TWO, THREE, 2000),
+        (TWO, OTHER_TWO, 900),  # both were promoted, and did not know of each other
+        (THREE, OTHER_TWO, 900),
+        (TWO, THREE_OF_ONE, 1000),
+        (THREE, THREE_OF_ONE, 1000),
+        (OTHER_TWO, THREE_OF_ONE, 900),
+        (THREE, History(3, (Ancestor(1, 1000, 3),)), 1000),  # from the same place, another one
+    ],
+)
+def test_the_wal_of_two_histories_is_the_same_up_to_where_they_fork(
+    one: History, other: History, end: int
+) -> None:
+    assert one.common_end(other) == other.common_end(one) == end
+
+
+def test_what_came_before_our_oldest_timeline_does_not_matter() -> None:
+    assert History(2).common_end(TWO) == 2**64
+    assert History(2).common_end(THREE) == 2000
+    assert History(3, (Ancestor(2, 2000, 3),)).common_end(THREE) == 2**64
+    assert History(3, (Ancestor(2, 1900, 3),)).common_end(THREE) == 1900
+
+
+def test_those_that_have_no_timeline_in_common_have_nothing_in_common() -> None:
+    assert History(3).common_end(TWO) == 0
+    assert History(2).common_end(THREE_OF_ONE) == 0
+    assert TWO.common_end(History(3)) == 0
+
+
+@st.composite
+def families(draw: st.DrawFn) -> list[History]:
+    """Timelines that branched off each other, each behind the start of the one before it."""
+    family = [History(1)]
+    for tli in range(2, draw(st.integers(2, 8))):
+        parent = draw(st.sampled_from(family))
+        switch = parent.start_lsn + draw(st.integers(1, 5))
+        family.append(History(tli, (*parent.ancestors, Ancestor(parent.tli, switch, tli))))
+    return family
+
+
+@given(families())
+def test_up_to_where_they_fork_each_byte_was_written_by_the_same(family: list[History]) -> None:
+    for one in family:
+        for other in family:
+            end = one.common_end(other)
+            assert all(one.page_tli(lsn) == other.page_tli(lsn) for lsn in range(min(end, 50)))
+            assert end == 2**64 or one.page_tli(end) != other.page_tli(end)
+            assert (end == 2**64) == (one is other)

@@ -40,6 +40,7 @@ producer, bytes.  A module imports only from those above it in this list:
 - :mod:`walproto.server.protocol`: the connection
 - :mod:`walproto.upstream.connection`: what is needed of a connection to a server
 - :mod:`walproto.upstream.libpq`: such a connection
+- :mod:`walproto.upstream.server`: what a server is asked
 - :mod:`walproto.upstream.store`: makes durable what comes
 - :mod:`walproto.upstream.receiver`: WAL in, feedback out
 - :mod:`walproto.upstream.conversation`: what is said to a server

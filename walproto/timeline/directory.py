@@ -96,11 +96,12 @@ class WalDirectory:
             self._next_step = self._clock.callLater(0, self._step)
 
     def fence(self, lsn: int | None) -> None:
-        """Let nobody have the current timeline's WAL behind ``lsn``, whatever there is; None ends
-        it."""
+        """Let nobody have WAL behind ``lsn``, whatever there is; None ends it."""
         self._fence = lsn
-        if self._ready and lsn is not None:
-            self.commit_lsn = min(self.commit_lsn, lsn)
+        if self._ready and self._tail is not None:
+            self.history = self._fenced_history(self._tail.history)
+            if lsn is not None:
+                self.commit_lsn = min(self.commit_lsn, lsn)
         self.look()
 
     # --- ITimeline -------------------------------------------------------------------------
@@ -218,6 +219,14 @@ class WalDirectory:
 
     def _begin_to_serve(self, tail: Tail) -> None:
         """The walk has come to the end of WAL, if there is any WAL."""
+        branched_at = tail.history.start_lsn
+        if branched_at and not (tail.is_found and tail.end >= branched_at):
+            # Of the newest timeline there is too little yet: it will follow the one before.
+            history = tail.history.up_to(tail.history.ancestors[-1].tli)
+            start = branched_at - branched_at % self.identity.segment_size
+            self._tail = Tail(self._segments, self.identity, history, start)
+            self.look()
+            return
         if not tail.is_found:
             self._wait_for(f"there is no whole WAL record in {self.directory} yet: {tail.reason}")
             self._segments.close()
@@ -230,7 +239,7 @@ class WalDirectory:
             tli=tail.history.tli,
             system=self.identity.system_identifier,
             start=format_lsn(min(self._first_lsn, tail.start)),
-            end=format_lsn(tail.end),
+            end=format_lsn(self.commit_lsn),
         )
 
     def _wait_for(self, what: str) -> None:
@@ -243,7 +252,7 @@ class WalDirectory:
         """Make the tail's timeline the current one."""
         self._tail = tail
         self._newer = None
-        self.history = tail.history
+        self.history = self._fenced_history(tail.history)
         self.commit_lsn = self._fenced(tail.end)
         self._walked_from = tail.start
         self._proofs = Proofs(self._segments, self.identity, tail.history)
@@ -262,7 +271,15 @@ class WalDirectory:
             self._walked_from += size
 
     def _fenced(self, lsn: int) -> int:
+        if self._received is not None:
+            lsn = min(lsn, self._received.visible_to(self.history.tli))
         return lsn if self._fence is None else min(lsn, self._fence)
+
+    def _fenced_history(self, history: History) -> History:
+        """The history without the timelines that begin behind the fence."""
+        while self._fence is not None and history.start_lsn > self._fence:
+            history = history.up_to(history.ancestors[-1].tli)
+        return history
 
     def _look_behind(self, tail: Tail) -> bool:
         """The walk has stopped.  If WAL goes on behind all the same, it is damaged where the walk
@@ -302,7 +319,9 @@ class WalDirectory:
             found = survey(self.directory)
         except (OSError, ValueError):
             return
-        if found and found.history == tail.history and found.last_lsn > tail.position:
+        if not found or found.history != tail.history or found.last_lsn <= tail.position:
+            return
+        if self._segments.read(tail.history.tli, found.last_lsn, 1):  # it may not be seen yet
             self._newer = Tail(self._segments, self.identity, tail.history, found.last_lsn)
             self._log.warn(
                 "{path}, LSN {lsn}: WAL ends here, and goes on at {further}: going on from there",

@@ -13,6 +13,8 @@ from walproto.wal.pages import LONG_HEADER, Identity, parse_identity
 from walproto.wal.scan import Scanner
 from walproto.wal.segments import Segments, Stamp
 
+_BUDGET = 1 << 20
+
 
 class Tail:
     """The end of the timeline that ``history`` tells of, looked for from the segment at ``start``.
@@ -59,6 +61,19 @@ class Tail:
             self._scanner = self._scanner_from(before)
             return True
         return False
+
+    def begins_whole(self) -> bool:
+        """Whether the record that the walk began within is right, as far as that can be told: not
+        if the segment in which it begins is not here."""
+        if self._scanner.head is None:
+            return True
+        record, end = self._scanner.head
+        if not self._read(record, 1):
+            return True
+        scanner = self._scanner_from(record)
+        while scanner.end < end and scanner.advance(_BUDGET):
+            pass
+        return scanner.end >= end
 
     def goes_on_behind(self) -> bool:
         """Whether the next segment has been begun although the walk stopped before it."""

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from twisted.internet.defer import TimeoutError
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
@@ -23,16 +22,15 @@ from walproto.lsn import (
     PAGE_SIZE,
     format_lsn,
     history_name,
-    is_segment_size,
-    parse_lsn,
     segment_name,
 )
-from walproto.timeline.history import Ancestor, History, parse_history
-from walproto.timeline.holding import examine
+from walproto.timeline.history import Ancestor
+from walproto.timeline.holding import Holding, examine
 from walproto.timeline.replicas import Replicas
 from walproto.timeline.survey import load_history
-from walproto.upstream.connection import Answer, UpstreamConnection, UpstreamError
+from walproto.upstream.connection import UpstreamConnection, UpstreamError
 from walproto.upstream.receiver import Receiver, Terms
+from walproto.upstream.server import Commands, Server
 from walproto.upstream.store import Store, Threads
 from walproto.wal.headers import InvalidWal
 from walproto.wal.incoming import IncomingWal
@@ -71,18 +69,6 @@ class UpstreamOptions:
     feedback: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Server:
-    """What a server says of itself: IDENTIFY_SYSTEM, and the history of its timeline."""
-
-    system_identifier: int
-    tli: int
-    lsn: int
-    history: History
-    history_contents: bytes
-    segment_size: int
-
-
 class Conversation:
     """One connection's conversation.
 
@@ -103,6 +89,7 @@ class Conversation:
         streaming: Callable[[], None],
     ) -> None:
         self._connection = connection
+        self._commands = Commands(connection, options.timeout, clock)
         self._directory = directory
         self._store = store
         self._replicas = replicas
@@ -130,14 +117,18 @@ class Conversation:
         if self._store.identity is None:
             self._begin(server, slot_lsn)
         while True:
-            ended = server.history.ancestor(self._store.tli)
-            if ended and self._store.flush_lsn >= ended.switch_lsn:
+            if ended := self._finished(server):
                 self._go_over(ended, server)
                 continue
             await self._stream(server, slot_lsn)
             before, server = server, await self._know_server()
-            if server.history == before.history:
+            if server.history == before.history and not self._finished(server):
                 raise UpstreamError("the server has ended the stream and does not say why")
+
+    def _finished(self, server: Server) -> Ancestor | None:
+        """How the store's timeline ended, if all of it is here."""
+        ended = server.history.ancestor(self._store.tli)
+        return ended if ended and self._store.flush_lsn >= ended.switch_lsn else None
 
     # --- who is it? ------------------------------------------------------------------------
 
@@ -146,7 +137,7 @@ class Conversation:
 
         The history files that we lack are here when this returns.
         """
-        server = await self._identify()
+        server = await self._commands.identify()
         ours = self._store.identity
         if ours is not None:
             if server.system_identifier != ours.system_identifier:
@@ -165,20 +156,6 @@ class Conversation:
         await self._store_histories(server)
         return server
 
-    async def _identify(self) -> Server:
-        (system_identifier, tli_text, lsn), *_ = await self._rows("IDENTIFY_SYSTEM", 3)
-        ((size,), *_) = await self._rows("SHOW wal_segment_size", 1)
-        tli = int(tli_text)
-        contents = await self._fetch_history(tli) if tli > 1 else b""
-        return Server(
-            system_identifier=int(system_identifier),
-            tli=tli,
-            lsn=parse_lsn(lsn),
-            history=parse_history(tli, contents),
-            history_contents=contents,
-            segment_size=_parse_size(size),
-        )
-
     async def _check_branch(self, server: Server) -> None:
         """Refusal if the server's WAL does not go on from ours."""
         store = self._store
@@ -191,11 +168,12 @@ class Conversation:
         common = ours.common_end(server.history)
         if store.flush_lsn > common:
             # It may be but a part of a record, which the server never finished.
-            holding = await self._threads.run(lambda: examine(self._directory))
-            if holding.valid_to > common:
-                name = segment_name(ours.tli, common // server.segment_size, server.segment_size)
+            holding: Holding | None = await self._threads.run(lambda: examine(self._directory))
+            if holding and holding.valid_to > common:
+                forked = ours.page_tli(common)
+                name = segment_name(forked, common // server.segment_size, server.segment_size)
                 raise Refusal(
-                    f"the server's timeline {server.tli} forked from timeline {ours.tli} at "
+                    f"the server's timeline {server.tli} forked from timeline {forked} at "
                     f"{format_lsn(common)}, and WAL up to {format_lsn(holding.valid_to)} of "
                     f"timeline {ours.tli} is here, which the server does not have: nothing is "
                     f"received any more, and clients get WAL up to {format_lsn(common)}; to go "
@@ -220,19 +198,13 @@ class Conversation:
             except FileNotFoundError:
                 pass
             try:
-                contents = contents or await self._fetch_history(tli)
+                contents = contents or await self._commands.history(tli)
             except UpstreamError as error:
                 if error.sqlstate != UNDEFINED_FILE:
                     raise
                 continue  # of a timeline that is none of its ancestors, it need not have one
             await self._threads.run(partial(store_history, self._directory, tli, contents))
             self._log.info("{name} is here", name=history_name(tli))
-
-    async def _fetch_history(self, tli: int) -> bytes:
-        answer = await self._ask(f"TIMELINE_HISTORY {tli}")
-        if not answer.rows or len(answer.rows[0]) != 2:
-            raise UpstreamError("unexpected result of TIMELINE_HISTORY")
-        return answer.rows[0][1] or b""
 
     # --- from where? -----------------------------------------------------------------------
 
@@ -241,35 +213,22 @@ class Conversation:
         slot = self._options.slot
         if slot is None:
             return 0
-        found = await self._read_slot(slot)
+        found = await self._commands.slot(slot)
         if found is None and self._options.create_slot:
             try:
-                await self._ask(f'CREATE_REPLICATION_SLOT "{slot}" PHYSICAL RESERVE_WAL')
+                await self._commands.create_slot(slot)
             except UpstreamError as error:
                 if error.sqlstate != DUPLICATE_OBJECT:
                     raise
             else:
                 self._log.info('created replication slot "{slot}"', slot=slot)
-            found = await self._read_slot(slot)
+            found = await self._commands.slot(slot)
         elif found is None and self._connection.major >= 15:
             raise Refusal(
                 f'replication slot "{slot}" does not exist: create it, or have it created '
                 "with --upstream-create-slot"
             )
         return found or 0
-
-    async def _read_slot(self, slot: str) -> int | None:
-        """The slot's restart_lsn, 0 if it has none; None if there is no such slot, or no way to
-        know."""
-        if self._connection.major < 15:
-            return None
-        answer = await self._ask(f'READ_REPLICATION_SLOT "{slot}"')
-        if not answer.rows or len(answer.rows[0]) != 3:
-            raise UpstreamError("unexpected result of READ_REPLICATION_SLOT")
-        kind, restart_lsn, _ = answer.rows[0]
-        if kind is None:
-            return None
-        return parse_lsn(restart_lsn.decode()) if restart_lsn else 0
 
     def _begin(self, server: Server, slot_lsn: int) -> None:
         """Begin where nothing is here yet: with a whole segment."""
@@ -309,12 +268,8 @@ class Conversation:
                 replicas=self._replicas if self._options.feedback else None,
             ),
         )
-        slot = f'SLOT "{self._options.slot}" ' if self._options.slot else ""
         try:
-            answer = await self._ask(
-                f"START_REPLICATION {slot}PHYSICAL {format_lsn(start)} TIMELINE {tli}"
-            )
-            if not answer.is_streaming:
+            if not await self._commands.start(start, tli, self._options.slot):
                 return
             self._log.info(
                 "receiving from {peer}: timeline {tli} from {lsn}",
@@ -359,40 +314,13 @@ class Conversation:
             return b""
         segments = Segments(self._directory, identity)
         try:
-            return segments.read(tli, start, end - start)
+            known = segments.read(tli, start, end - start)
         finally:
             segments.close()
-
-    # --- asking ----------------------------------------------------------------------------
-
-    async def _ask(self, command: str) -> Answer:
-        """Have a command executed.  UpstreamError if the server refuses, or is silent."""
-        asked = self._connection.query(command)
-        if self._options.timeout:
-            asked.addTimeout(self._options.timeout, self._clock)
-        try:
-            return await asked
-        except TimeoutError:
-            raise UpstreamError(
-                f"no answer to {command.split()[0]} for {self._options.timeout:g} s"
-            ) from None
-
-    async def _rows(self, command: str, columns: int) -> list[list[str]]:
-        """The rows that a command results in, as so many columns of text none of which is NULL."""
-        answer = await self._ask(command)
-        rows = [
-            [value.decode() for value in row[:columns] if value is not None] for row in answer.rows
-        ]
-        if not rows or any(len(row) != columns for row in rows):
-            raise UpstreamError(f"unexpected result of {command}")
-        return rows
-
-
-def _parse_size(text: str) -> int:
-    """The segment size in bytes that ``16MB`` or ``1GB`` stands for."""
-    units = {"MB": 1 << 20, "GB": 1 << 30}
-    number, unit = text[:-2], text[-2:]
-    size = int(number) * units[unit] if number.isdecimal() and unit in units else 0
-    if not is_segment_size(size):
-        raise UpstreamError(f'wal_segment_size is "{text}", which no server can have')
-    return size
+        if len(known) < end - start:
+            raise Refusal(
+                f"{self._directory / segments.name(tli, start)} is no longer there up to "
+                f"{format_lsn(end)}: put it back, or start this walsender again to go on from "
+                "what is there"
+            )
+        return known

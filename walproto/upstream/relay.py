@@ -9,6 +9,7 @@ two share a :class:`~walproto.timeline.received.Received`, which says how far th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from walproto.upstream.conversation import Conversation, Refusal, UpstreamOption
 from walproto.upstream.fence import Fence
 from walproto.upstream.lock import DirectoryLock
 from walproto.upstream.store import Store
+from walproto.wal.segments import Stamp, stamp_of
 from walproto.wal.writer import SyncError
 
 FIRST_WAIT, LONGEST_WAIT = 0.1, 10.0
@@ -97,7 +99,8 @@ class WalRelay:
         self._said: set[str] = set()
         self._shown = 0
         self._streams_since: float | None = None
-        self._changed = 0
+        self._newest = self._directory
+        self._seen: list[Stamp] = []
 
     def start(self) -> None:
         """Find out what the directory holds, serve it, and begin to receive."""
@@ -150,18 +153,28 @@ class WalRelay:
             self._fence_lsn = lsn
             self.timeline.fence(lsn)
             await self._threads.run(lambda: self._fence.put_up(lsn, str(refusal)))
-        await self._look()
+        try:
+            await self._look()
+        except (OSError, ValueError) as error:
+            self._tell(self._log.critical, f"{self._directory}: {error}")
 
     async def _look(self) -> None:
         """Find out what is in the directory.  If it was known, somebody may have put missing
-        segments there since."""
-        changed = self._directory.stat().st_mtime_ns
-        if changed == self._changed:
+        segments there since, or be about to: what is there behind a gap does not count."""
+        paths = (self._directory, self._newest)
+        seen = [stamp_of(os.stat(path)) for path in paths if path.exists()]
+        if seen == self._seen:
             return
-        self._changed = changed
+        self._seen = seen
         holding = await self._threads.run(lambda: examine(self._directory))
         await self._store.when_idle()
-        if holding is not None and holding.end > self._store.received_lsn:
+        if holding is None:
+            return
+        self._newest = holding.path
+        here = self._store.received_lsn
+        if holding.end > here and (
+            self._store.identity is None or await self._threads.run(lambda: holding.joins(here))
+        ):
             self._store.go_on_from(holding)
 
     async def _receive(self) -> None:

@@ -59,7 +59,7 @@ def check_header(
             f"unexpected pageaddr {format_lsn(page_address)} {where(address, identity, line)}"
         )
     expected = line.page_tli(address)
-    if tli > expected or (tli < expected and line.start_lsn):
+    if not 0 < tli <= expected or (tli < expected and line.start_lsn):
         raise InvalidWal(
             f"unexpected timeline ID {tli} (should be {expected}) {where(address, identity, line)}"
         )

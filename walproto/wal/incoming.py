@@ -13,7 +13,14 @@ from __future__ import annotations
 
 from walproto.lsn import PAGE_SIZE, format_lsn
 from walproto.wal.headers import InvalidWal, Line, check_header, where
-from walproto.wal.pages import LONG_HEADER, SHORT_HEADER, Identity, known_majors, parse_identity
+from walproto.wal.pages import (
+    FORMATS,
+    LONG_HEADER,
+    SHORT_HEADER,
+    Identity,
+    known_majors,
+    parse_identity,
+)
 
 _ZEROS = bytes(PAGE_SIZE)
 
@@ -94,9 +101,11 @@ class IncomingWal:
         found = parse_identity(bytes(page[: LONG_HEADER.size]))
         if found is None:
             magic, *_ = SHORT_HEADER.unpack_from(page)
+            wrong = "its header is wrong"
+            if magic not in FORMATS:
+                wrong = f"its page magic is {magic:04X}"
             raise InvalidWal(
-                f"what came is no first page of a segment of PostgreSQL {known_majors()}: "
-                f"its page magic is {magic:04X}"
+                f"what came is no first page of a segment of PostgreSQL {known_majors()}: {wrong}"
             )
         identity, _, _ = found
         expected = Identity(self._system_identifier, self._segment_size, identity.wal_format)

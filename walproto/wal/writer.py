@@ -36,6 +36,7 @@ class SegmentWriter:
         self._segment_size = segment_size
         self._lsn = lsn
         self._fd: int | None = None
+        self._directory_fd: int | None = None
         self.completed: list[tuple[int, Stamp]] = []
         """The segments that have got their name: where each ends, and its file's stamp."""
 
@@ -65,6 +66,12 @@ class SegmentWriter:
             _sync(os.fdatasync, self._fd, self._path(".partial"))
 
     def close(self) -> None:
+        self._close_segment()
+        if self._directory_fd is not None:
+            os.close(self._directory_fd)
+            self._directory_fd = None
+
+    def _close_segment(self) -> None:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
@@ -84,16 +91,19 @@ class SegmentWriter:
 
     def _open(self) -> int:
         """The segment that our position is in, to be written to; all its space is there."""
+        if self._directory_fd is None:
+            # Kept, lest there are too many open files just when a name is to be synced.
+            self._directory_fd = os.open(self._directory, os.O_RDONLY | os.O_CLOEXEC)
         partial, complete = self._path(".partial"), self._path()
         if complete.exists():  # it was not: somebody gave it that name too early
             os.replace(complete, partial)
         is_new = not partial.exists()
-        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             if os.fstat(fd).st_size != self._segment_size:
                 os.posix_fallocate(fd, 0, self._segment_size)
                 _sync(os.fsync, fd, partial)
-            sync_directory(self._directory)
+            _sync(os.fsync, self._directory_fd, self._directory)
         except BaseException:
             os.close(fd)
             if is_new:
@@ -105,13 +115,14 @@ class SegmentWriter:
     def _complete(self) -> None:
         """Give the segment before our position its name."""
         assert self._fd is not None
+        assert self._directory_fd is not None
         last = self._lsn - 1
         partial = self._path(".partial", last)
         _sync(os.fdatasync, self._fd, partial)
-        self.close()
         try:
+            self._close_segment()
             os.rename(partial, complete := self._path("", last))
-            sync_directory(self._directory)
+            _sync(os.fsync, self._directory_fd, self._directory)
             self.completed.append((self._lsn, stamp_of(os.stat(complete))))
         except OSError as error:
             raise SyncError(f'could not rename file "{partial}": {error.strerror}') from error
