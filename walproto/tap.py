@@ -297,7 +297,8 @@ def _make_relay(options: Options, reactor: Any) -> WalRelay | None:
             feedback=bool(options["hot-standby-feedback"]),
         )
     except ImportError as error:
-        problem = f"{error}: it takes pip install 'walproto[upstream]'"
+        what = " ".join(str(error).split())  # it may be a list of what psycopg has tried
+        problem = f"{what}: it takes pip install 'walproto[upstream]'"
     except ValueError as error:
         problem = str(error)
     raise SystemExit(f"twist walsender: --upstream: {problem}")

@@ -11,13 +11,22 @@ Associated with the COPY Command".
 
 from __future__ import annotations
 
+import os
+import re
+import select
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from psycopg import Error as PsycopgError
 from psycopg import pq
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.conninfo import (
+    conninfo_attempts,
+    conninfo_to_dict,
+    make_conninfo,
+    timeout_from_conninfo,
+)
 from psycopg.pq.abc import PGconn, PGresult
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall, IReadWriteDescriptor
@@ -29,6 +38,9 @@ from walproto.upstream.connection import Answer, Row, UpstreamError
 
 CONNECT_TIMEOUT = 10
 """Seconds for each host to answer, unless the connection string says otherwise."""
+
+LOOK_UP = 0.5
+"""Seconds after which it is looked whether a connection is still wanted."""
 
 TURN = 16
 """Messages that are dealt with before it is others' turn."""
@@ -54,7 +66,11 @@ def replication_conninfos(conninfo: str) -> list[str]:
         count = max(map(len, lists.values()), default=1)
         return [make_conninfo(conninfo, **made, **_turned(lists, turn)) for turn in range(count)]
     except PsycopgError as error:
-        raise ValueError(str(error).strip()) from None
+        text = str(error).strip()
+        if re.search("pass|://.*@", conninfo):
+            # What is wrong may be the password.
+            text = re.sub('"="|".*"', lambda it: it[0] if it[0] == '"="' else '"..."', text)
+        raise ValueError(text) from None
 
 
 _HOSTS = ("host", "hostaddr", "port")
@@ -83,21 +99,65 @@ def connect(reactor: Any, conninfo: str) -> Deferred[Connection]:
     connected = Deferred[Connection](lambda _: None)
 
     def work() -> None:
-        pgconn = pq.PGconn.connect(conninfo.encode())
-        reactor.callFromThread(done, pgconn)
+        try:
+            found: PGconn | str = _connect(conninfo, lambda: connected.called)
+        except Exception as error:
+            found = _one_line(str(error))
+        reactor.callFromThread(done, found)
 
-    def done(pgconn: PGconn) -> None:
-        if connected.called:
-            pgconn.finish()
-        elif pgconn.status != pq.ConnStatus.OK:
-            message = pgconn.get_error_message().strip()
-            pgconn.finish()
-            connected.errback(UpstreamError(message))
+    def done(found: PGconn | str) -> None:
+        if isinstance(found, str):
+            if not connected.called:
+                connected.errback(UpstreamError(found))
+        elif connected.called:
+            found.finish()
         else:
-            connected.callback(Connection(pgconn, reactor))
+            connected.callback(Connection(found, reactor))
 
     threading.Thread(target=work, name="libpq", daemon=True).start()
     return connected
+
+
+def _attempts(conninfo: str) -> Iterator[dict[str, Any]]:
+    """What to try in turn: each address of each host.  To prefer a standby is to look for one at
+    all of them before anything else will do."""
+    settings = conninfo_to_dict(conninfo)
+    if settings.get("target_session_attrs") == "prefer-standby":
+        yield from conninfo_attempts(settings | {"target_session_attrs": "standby"})
+        settings["target_session_attrs"] = "any"
+    yield from conninfo_attempts(settings)
+
+
+def _connect(conninfo: str, is_in_vain: Callable[[], bool]) -> PGconn:
+    """Connect to the first host that will do; an UpstreamError tells why none does.
+
+    It waits as PQconnectdb does, but not within libpq, where psycopg would have every other thread
+    wait, too.
+    """
+    problems = []
+    for attempt in _attempts(conninfo):
+        until = time.monotonic() + timeout_from_conninfo(attempt)
+        pgconn = pq.PGconn.connect_start(make_conninfo("", **attempt).encode())
+        events = select.POLLOUT
+        while pgconn.status != pq.ConnStatus.BAD and time.monotonic() < until and not is_in_vain():
+            poller = select.poll()
+            poller.register(pgconn.socket, events)
+            if not poller.poll(LOOK_UP * 1000):
+                continue
+            match pgconn.connect_poll():
+                case pq.PollingStatus.OK:
+                    return pgconn
+                case pq.PollingStatus.READING:
+                    events = select.POLLIN
+                case _:
+                    events = select.POLLOUT
+        problem = _one_line(pgconn.get_error_message())
+        in_time = pgconn.status == pq.ConnStatus.BAD
+        problems.append(problem if in_time else f"{problem} timeout expired")
+        pgconn.finish()
+        if is_in_vain():
+            break
+    raise UpstreamError("; ".join(problems))
 
 
 @implementer(IReadWriteDescriptor)
@@ -109,13 +169,15 @@ class Connection:
     def __init__(self, pgconn: PGconn, reactor: Any) -> None:
         self._pgconn = pgconn
         self._reactor = reactor
-        self._fd: int = pgconn.socket
+        # One of our own: libpq closes its own when the connection breaks, whoever watches it.
+        self._fd = os.dup(pgconn.socket)
         self._rows: list[Row] = []
         self._awaiting: Deferred[Answer] | None = None
         self._take: Callable[[memoryview], None] | None = None
         self._next_turn: IDelayedCall | None = None
         self._is_paused = False
         self._problem: UpstreamError | None = None
+        self._cut: UpstreamError | None = None
         self._error: UpstreamError | None = None
         self.heard: Callable[[], None] = lambda: None
         self.peer = _address(pgconn)
@@ -137,7 +199,8 @@ class Connection:
                 self._pgconn.put_copy_data(data)
                 self._flush()
             except PsycopgError as error:
-                self.lose(str(error).strip())
+                self._cut_off(error)
+                self._schedule()
 
     def pause(self) -> None:
         if not self._is_paused and self._error is None:
@@ -166,22 +229,22 @@ class Connection:
         return "upstream"
 
     def doRead(self) -> None:
-        if self._error is not None:
-            return
+        if self._error is not None or self._next_turn is not None:
+            return  # what has been read comes first
         try:
             self._pgconn.consume_input()
         except PsycopgError as error:
-            self._advance()  # what came before the end may tell more
-            self._end(self._problem or UpstreamError(str(error).strip()))
-            return
-        self.heard()
+            self._cut_off(error)
+        else:
+            self.heard()
         self._advance()
 
     def doWrite(self) -> None:
         try:
             self._flush()
         except PsycopgError as error:
-            self.lose(str(error).strip())
+            self._cut_off(error)
+            self._schedule()
 
     def connectionLost(self, reason: Failure) -> None:
         self.doRead()
@@ -201,7 +264,7 @@ class Connection:
             ask()
             self._flush()
         except PsycopgError as error:
-            self.lose(str(error).strip())
+            self.lose(_one_line(str(error)))
         else:
             self._schedule()
         return awaiting
@@ -214,17 +277,23 @@ class Connection:
         self._next_turn = None
         self._advance()
 
+    def _cut_off(self, error: PsycopgError) -> None:
+        """The connection has broken; what came before that, may tell more."""
+        self._cut = self._cut or UpstreamError(_one_line(str(error)))
+        self._reactor.removeWriter(self)
+
     def _advance(self) -> None:
-        """Deal with what libpq has read."""
+        """Deal with what libpq has read; if there is no more to come, that is the end."""
         try:
-            if self._take is not None and not self._take_data(self._take):
-                return
-            while self._awaiting and not self._take and not self._pgconn.is_busy():
-                self._take_result()
+            if self._take is None or self._take_data(self._take):
+                while self._awaiting and not self._take and not self._pgconn.is_busy():
+                    self._take_result()
         except PsycopgError as error:
-            self.lose(str(error).strip())
+            self.lose(_one_line(str(error)))
         except Exception as error:  # raised by who takes the data
             self._fail(error)
+        if self._cut is not None and self._next_turn is None and not self._is_paused:
+            self._end(self._problem or self._cut)
 
     def _take_data(self, take: Callable[[memoryview], None]) -> bool:
         """Deal with some messages; whether the stream is over."""
@@ -262,7 +331,7 @@ class Connection:
                     for row in range(result.ntuples)
                 ]
             case pq.ExecStatus.FATAL_ERROR:
-                self._problem = _problem(result)
+                self._problem = self._problem or _problem(result)
             case pq.ExecStatus.COMMAND_OK:
                 pass
             case unexpected:
@@ -299,12 +368,20 @@ class Connection:
             self._next_turn.cancel()
             self._next_turn = None
         self._pgconn.finish()
+        os.close(self._fd)
         self._fail(error)
 
 
 def _address(pgconn: PGconn) -> str:
     host, port = pgconn.host.decode(), pgconn.port.decode()
     return host if host.startswith("/") else f"{host}:{port}"
+
+
+def _one_line(message: str) -> str:
+    """What libpq says of one host or several, less its guesses, which it indents, and what psycopg
+    puts before it."""
+    lines = re.sub(r"\A[a-z ]+ failed: ", "", message.strip()).splitlines()
+    return "; ".join(line.strip() for line in lines if not line.startswith("\t"))
 
 
 def _problem(result: PGresult) -> UpstreamError:
@@ -314,7 +391,8 @@ def _problem(result: PGresult) -> UpstreamError:
         return (result.error_field(code) or b"").decode("utf-8", "replace")
 
     message = field(pq.DiagnosticField.MESSAGE_PRIMARY)
-    message = message or result.error_message.decode("utf-8", "replace").strip()
+    if not message:  # it is libpq's own, and what follows in it are guesses
+        message = result.error_message.decode("utf-8", "replace").strip().split("\n")[0]
     detail = field(pq.DiagnosticField.MESSAGE_DETAIL)
     return UpstreamError(
         f"{message} ({detail})" if detail else message, field(pq.DiagnosticField.SQLSTATE)
