@@ -648,6 +648,31 @@ def same_wal(source: Path, archive: Path) -> list[str]:
     return names
 
 
+def same_wal_to(end: str, source: Path, archive: Path) -> list[str]:
+    """As `same_wal`; and `archive` has all WAL up to `end` from its first segment on, the last
+    of it in an unfinished segment unless a segment ends there."""
+    names = same_wal(source, archive)
+    wal = [path for path in archive.iterdir() if is_segment(path.name.removesuffix(".partial"))]
+    size = wal[0].stat().st_size
+    lsns = sorted({_segment_lsn(path.name, size) for path in wal if path.suffix != ".partial"})
+    last, rest = divmod(lsn_to_int(end), size)
+    if rest:
+        newest = max(path for path in wal if _segment_lsn(path.name, size) == last * size)
+        lsns = sorted({*lsns, last * size})
+        ours, theirs = newest.read_bytes(), (source / newest.name[:24]).read_bytes()
+        if ours[:rest] != theirs[:rest]:
+            raise AssertionError(f"{newest} is not that of {source} up to {end}")
+    missing = set(range(lsns[0], last * size + (size if rest else 0), size)) - set(lsns)
+    if missing:
+        gaps = ", ".join(map(int_to_lsn, sorted(missing)))
+        raise AssertionError(f"{archive} lacks the segments at {gaps}")
+    return names
+
+
+def _segment_lsn(name: str, size: int) -> int:
+    return (int(name[8:16], 16) << 32) + int(name[16:24], 16) * size
+
+
 def is_segment(name: str) -> bool:
     return re.fullmatch(r"[0-9A-F]{24}", name) is not None
 
@@ -695,3 +720,27 @@ class WalSender(Process):
         return self.expect(
             r"ready to serve timeline (\d+) of system (\d+) from (\S+/\S+) to (\S+/\S+)", timeout
         )
+
+
+class Relay(WalSender):
+    """`twist walsender` that receives WAL into `directory`, one of a workspace's, from the server
+    that `upstream`, a connection string, names; it listens when this returns."""
+
+    def __init__(
+        self, directory: Path, upstream: str, *options: str, port: int | None = None
+    ) -> None:
+        self.directory = directory
+        self.upstream = upstream
+        self.options = options
+        super().__init__(directory, "--upstream", upstream, *options, port=port)
+
+    def again(self) -> Relay:
+        """Another one in the place of this one, which has ended: the same in everything."""
+        return Relay(self.directory, self.upstream, *self.options, port=self.port)
+
+    def receiving(self, timeout: float = 30) -> re.Match[str]:
+        """Wait until it begins to receive; groups: from whom, timeline, from which LSN.
+
+        Whether it is `ready` before or behind that depends on what it has to begin with.
+        """
+        return self.expect(r"receiving from (\S+): timeline (\d+) from (\S+/\S+)", timeout)
