@@ -38,6 +38,7 @@ from walproto.wal.segments import Segments
 from walproto.wal.writer import store_history
 
 UNDEFINED_FILE = "58P01"
+OBJECT_NOT_IN_PREREQUISITE_STATE = "55000"
 DUPLICATE_OBJECT = "42710"
 
 
@@ -72,7 +73,7 @@ class UpstreamOptions:
 class Conversation:
     """One connection's conversation.
 
-    ``streaming`` is called when WAL is about to come.
+    ``streaming`` is called when the server has begun to stream WAL.
     """
 
     _log = Logger()
@@ -190,21 +191,22 @@ class Conversation:
     async def _store_histories(self, server: Server) -> None:
         """Have all history files here up to the server's timeline."""
         for tli in range(2, server.tli + 1):
-            here = self._directory / history_name(tli)
-            contents = server.history_contents if tli == server.tli else b""
-            try:
-                if here.read_bytes() == contents or tli < server.tli:
-                    continue
-            except FileNotFoundError:
-                pass
-            try:
-                contents = contents or await self._commands.history(tli)
-            except UpstreamError as error:
-                if error.sqlstate != UNDEFINED_FILE:
-                    raise
-                continue  # of a timeline that is none of its ancestors, it need not have one
-            await self._threads.run(partial(store_history, self._directory, tli, contents))
-            self._log.info("{name} is here", name=history_name(tli))
+            path = self._directory / history_name(tli)
+            known = path.read_bytes() if path.exists() else None
+            if tli == server.tli:
+                contents = server.history_contents
+            elif known and (tli <= self._store.tli or not server.history.ancestor(tli)):
+                continue
+            else:
+                try:
+                    contents = await self._commands.history(tli)
+                except UpstreamError as error:
+                    if error.sqlstate != UNDEFINED_FILE:
+                        raise
+                    continue  # of a timeline that is none of its ancestors, it need not have one
+            if contents != known:
+                await self._threads.run(partial(store_history, self._directory, tli, contents))
+                self._log.info("{name} is here", name=path.name)
 
     # --- from where? -----------------------------------------------------------------------
 
@@ -267,17 +269,11 @@ class Conversation:
                 known=self._known(tli, start),
                 replicas=self._replicas if self._options.feedback else None,
             ),
+            begun=partial(self._begun, tli, start),
         )
         try:
             if not await self._commands.start(start, tli, self._options.slot):
                 return
-            self._log.info(
-                "receiving from {peer}: timeline {tli} from {lsn}",
-                peer=self._connection.peer,
-                tli=tli,
-                lsn=format_lsn(start),
-            )
-            self._streaming()
             self._receiver = receiver
             self._connection.heard = receiver.heard
             streaming = self._connection.copy(receiver.take)
@@ -289,12 +285,27 @@ class Conversation:
         except ProtocolViolation as error:
             raise UpstreamError(error.message) from None
         except UpstreamError as error:
-            if error.sqlstate != UNDEFINED_FILE:
-                raise
-            raise self._gap(tli, store.received_lsn, error) from None
+            if error.sqlstate == UNDEFINED_FILE:
+                raise self._gap(tli, store.received_lsn, error) from None
+            if error.sqlstate == OBJECT_NOT_IN_PREREQUISITE_STATE and not slot_lsn:
+                raise Refusal(
+                    f"{error}: drop the slot there and create it again; should WAL be missing "
+                    "then, it has to come from elsewhere"
+                ) from None
+            raise
         finally:
             receiver.stop()
             self._receiver = None
+
+    def _begun(self, tli: int, lsn: int) -> None:
+        """WAL comes."""
+        self._log.info(
+            "receiving from {peer}: timeline {tli} from {lsn}",
+            peer=self._connection.peer,
+            tli=tli,
+            lsn=format_lsn(lsn),
+        )
+        self._streaming()
 
     def _gap(self, tli: int, lsn: int, error: UpstreamError) -> Refusal:
         text = f"the server has no WAL from {format_lsn(lsn)} on any more ({error}): "

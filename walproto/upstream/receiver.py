@@ -7,6 +7,7 @@ server asks; when it has been silent for half of the timeout, it is asked to say
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
@@ -52,7 +53,11 @@ class Terms:
 
 
 class Receiver:
-    """Receives WAL over ``connection`` into ``store``, as long as it streams."""
+    """Receives WAL over ``connection`` into ``store``, as long as it streams.
+
+    ``begun`` is called when the server does: it may still find that it has no such WAL when it has
+    said that it would stream it.
+    """
 
     def __init__(
         self,
@@ -61,7 +66,9 @@ class Receiver:
         incoming: IncomingWal,
         clock: IReactorTime,
         terms: Terms,
+        begun: Callable[[], None],
     ) -> None:
+        self._begun: Callable[[], None] | None = begun
         self._connection = connection
         self._store = store
         self._incoming = incoming
@@ -76,9 +83,9 @@ class Receiver:
         self._timer: IDelayedCall | None = None
 
     def start(self) -> None:
-        """The server streams from now on."""
+        """The server has said that it streams from now on; what it has to say, it is to say."""
         self.heard()
-        self._tell_status()
+        self._tell_status(reply_requested=True)
         self._tell_xmins()
         self._schedule()
 
@@ -98,6 +105,9 @@ class Receiver:
         Raises ProtocolViolation or InvalidWal for what should not have come.
         """
         message = parse_primary_message(data)
+        if self._begun is not None:
+            begun, self._begun = self._begun, None
+            begun()
         if isinstance(message, Keepalive):
             if message.reply_requested:
                 self._tell_status()
