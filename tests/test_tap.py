@@ -11,17 +11,25 @@ from pathlib import Path
 
 import pytest
 
-from tests.postgres import Process
+from tests.postgres import Process, free_port, installations, workspace
 from walproto.tap import Options
 
 PROJECT = Path(__file__).parent.parent
 TWIST = [sys.executable, "-m", "twisted", "--log-format=text", "walsender"]
 
 
-def refusal(*arguments: str | Path) -> str:
-    """What ``twist walsender`` says before it ends, which must be one line on standard error."""
+def refusal(*arguments: str | Path, **variables: str) -> str:
+    """What ``twist walsender`` says before it ends, which must be one line on standard error.
+
+    ``variables`` are put in its environment.
+    """
     done = subprocess.run(
-        [*TWIST, *map(str, arguments)], cwd=PROJECT, capture_output=True, text=True, timeout=60
+        [*TWIST, *map(str, arguments)],
+        cwd=PROJECT,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
@@ -74,6 +82,121 @@ def test_a_directory_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may read everything
     with pytest.raises(SystemExit, match=f"--wal-dir: no permission to read {tmp_path}"):
         Options().parseOptions(["--wal-dir", str(tmp_path)])
+
+
+def refused(*arguments: str | Path) -> str:
+    """As `refusal`, of options that are not looked at any further."""
+    with pytest.raises(SystemExit) as ended:
+        Options().parseOptions(list(map(str, arguments)))
+    return str(ended.value).removeprefix("twist walsender: ")
+
+
+def test_options_that_need_an_upstream(tmp_path: Path) -> None:
+    good = ("--wal-dir", tmp_path)
+    for option in (
+        ("--upstream-slot", "r1"),
+        ("--upstream-start", "0/1000000"),
+        ("--upstream-create-slot",),
+        ("--hot-standby-feedback",),
+    ):
+        assert refused(*good, *option) == f"{option[0]} means nothing without --upstream"
+
+
+def test_options_of_the_upstream_that_are_wrong(tmp_path: Path) -> None:
+    good = ("--wal-dir", tmp_path, "--upstream", "host=127.0.0.1")
+    assert refused(*good, "--upstream-create-slot") == (
+        "--upstream-create-slot needs --upstream-slot: say which slot"
+    )
+    for slot in ("", "Relay", "my-relay", 'r"; DROP', "r" * 64, "é"):
+        told = refused(*good, "--upstream-slot", slot)
+        assert told.startswith(f'--upstream-slot: invalid replication slot name: "{slot}": ')
+    for lsn in ("0", "16/", "0/G", "100000000/0", " 0/1", "-1/0"):
+        told = refused(*good, f"--upstream-start={lsn}")
+        assert told == f'--upstream-start: invalid LSN: "{lsn}"'
+    assert refused(*good, "--wal-receiver-timeout", "soon") == (
+        '--wal-receiver-timeout: invalid value for parameter "wal_receiver_timeout": "soon"'
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_connection_strings_that_are_wrong(tmp_path: Path) -> None:
+    for conninfo, problem in {
+        "nonsense": 'missing "=" after "nonsense" in connection info string',
+        "hots=db1": 'invalid connection option "hots"',
+        "postgresql://[::1/": "end of string reached when looking for matching",
+    }.items():
+        told = refusal("--wal-dir", tmp_path, "--upstream", conninfo)
+        assert told.startswith(f"--upstream: {problem}")
+
+
+def test_psycopg_is_needed_for_an_upstream_and_for_nothing_else(tmp_path: Path) -> None:
+    """Be it that it is not installed, or that it has nothing to call libpq with."""
+    wal = tmp_path / "wal"
+    wal.mkdir()
+    relay = ("--wal-dir", wal, "--upstream", "host=127.0.0.1")
+    needed = "it takes pip install 'walproto[upstream]'"
+
+    def blocking(name: str, **modules: str) -> dict[str, str]:
+        """The environment in which these modules are what they should not be."""
+        directory = tmp_path / name
+        directory.mkdir()
+        for module, contents in modules.items():
+            (directory / f"{module}.py").write_text(contents)
+        return {"PYTHONPATH": str(directory)}
+
+    blocked = blocking("one", psycopg="raise ImportError('no psycopg')")
+    assert refusal(*relay, **blocked) == f"--upstream: no psycopg: {needed}"
+    without_libpq = blocking(
+        "other",
+        psycopg_binary="raise ImportError('no psycopg_binary')",
+        psycopg_c="raise ImportError('no psycopg_c')",
+        sitecustomize="import ctypes.util; ctypes.util.find_library = lambda name: None",
+    )
+    told = refusal(*relay, **without_libpq)
+    assert told.startswith("--upstream: no pq wrapper available. ")
+    assert told.endswith(needed)
+    listen = f"unix:{tmp_path}/socket"
+    command = [*TWIST, "--wal-dir", str(wal), "--listen", listen]
+    with Process(command, cwd=PROJECT, env=os.environ | blocked) as sender:
+        sender.expect(f"listening on {listen}")
+        sender.terminate()
+        assert sender.wait() == -signal.SIGTERM
+        assert "Traceback" not in sender.output
+
+
+def test_a_directory_is_received_into_by_one(tmp_path: Path) -> None:
+    wal = tmp_path / "wal"
+    wal.mkdir()
+    relay = ("--wal-dir", wal, "--upstream", f"host=127.0.0.1 port={free_port()}")
+    listen = [f"unix:{tmp_path}/{name}" for name in ("one", "two", "three")]
+    with Process([*TWIST, *relay, "--listen", listen[0]], cwd=PROJECT) as one:
+        one.expect(f"listening on {listen[0]}")
+        told = refusal(*relay, "--listen", listen[1])
+        assert told == f"--upstream: another walsender receives into {wal} already"
+        assert list(wal.iterdir()) == []
+        # Who only serves it, may do so.
+        with Process([*TWIST, "--wal-dir", wal, "--listen", listen[2]], cwd=PROJECT) as other:
+            other.expect(f"listening on {listen[2]}")
+        assert one.running
+
+
+def test_a_servers_own_directory_is_not_received_into(tmp_path: Path) -> None:
+    """One that lies elsewhere than in the data directory, too."""
+    with workspace() as space:
+        elsewhere = space.path / "elsewhere"
+        installation = installations()[0]
+        directory = space.path / "data"
+        installation.run(
+            *("initdb", "-D", directory, "--waldir", elsewhere, "-U", "postgres", "--no-sync")
+        )
+        for wal in (directory / "pg_wal", elsewhere):
+            before = sorted(wal.iterdir())
+            told = refusal("--wal-dir", wal, "--upstream", "host=127.0.0.1")
+            assert told == (
+                f"--upstream: {wal} is the pg_wal of a PostgreSQL server, which writes to it "
+                "itself (there is archive_status in it)"
+            )
+            assert sorted(wal.iterdir()) == before
 
 
 @pytest.mark.parametrize("times", [1, 2])

@@ -171,7 +171,8 @@ class Options(UsageOptions):
                 "to 63 lower case letters, numbers and underscores"
             )
         try:
-            self["upstream-start"] = parse_lsn(self["upstream-start"] or "0/0")
+            start = self["upstream-start"]
+            self["upstream-start"] = 0 if start is None else parse_lsn(start)
         except ValueError as error:
             raise UsageError(f"--upstream-start: {error}") from None
 

@@ -121,7 +121,8 @@ class Conversation:
             if ended := self._finished(server):
                 self._go_over(ended, server)
                 continue
-            await self._stream(server, slot_lsn)
+            if not await self._stream(server, slot_lsn):
+                raise UpstreamError("replication terminated by the server, as at a shutdown")
             before, server = server, await self._know_server()
             if server.history == before.history and not self._finished(server):
                 raise UpstreamError("the server has ended the stream and does not say why")
@@ -160,7 +161,11 @@ class Conversation:
     async def _check_branch(self, server: Server) -> None:
         """Refusal if the server's WAL does not go on from ours."""
         store = self._store
-        ours = load_history(self._directory, store.tli)
+        try:
+            ours = load_history(self._directory, store.tli)
+        except ValueError as error:
+            path = self._directory / history_name(store.tli)
+            raise Refusal(f"{path}: {error}: put a good one in its place") from None
         if server.tli < ours.tli and ours.ancestor(server.tli):
             raise Refusal(
                 f"the server's timeline {server.tli} is behind timeline {ours.tli}, which is "
@@ -247,8 +252,9 @@ class Conversation:
 
     # --- streaming -------------------------------------------------------------------------
 
-    async def _stream(self, server: Server, slot_lsn: int) -> None:
-        """Receive the WAL of the store's timeline, up to its end if it has one."""
+    async def _stream(self, server: Server, slot_lsn: int) -> bool:
+        """Receive the WAL of the store's timeline, up to the end of the stream; whether that is
+        the end of the timeline, too."""
         store, tli = self._store, self._store.tli
         start = store.received_lsn - store.received_lsn % PAGE_SIZE
         incoming = IncomingWal(
@@ -272,14 +278,16 @@ class Conversation:
             begun=partial(self._begun, tli, start),
         )
         try:
-            if not await self._commands.start(start, tli, self._options.slot):
-                return
+            answer = await self._commands.start(start, tli, self._options.slot)
+            if not answer.is_streaming:
+                return bool(answer.rows)
             self._receiver = receiver
             self._connection.heard = receiver.heard
             streaming = self._connection.copy(receiver.take)
             receiver.start()
-            await streaming
+            answer = await streaming
             await store.when_idle()
+            return bool(answer.rows)
         except InvalidWal as error:
             raise Refusal(f"what came is not the WAL that should: {error}") from None
         except ProtocolViolation as error:

@@ -149,8 +149,8 @@ class Receiver:
         self._connection.send(status_update(StatusUpdate(write, flush, 0, now, reply_requested)))
 
     def _tell_xmins(self) -> None:
-        """Pass on which transaction IDs the replicas still need: when that has changed, or it is
-        time to, or at first, for the server may still keep some for us."""
+        """Pass on which transaction IDs the replicas still need: when that has changed, and at
+        first, for the server may still keep some for us."""
         replicas = self._terms.replicas
         xmins = replicas.oldest_xmins() if replicas is not None else (0, 0)
         if xmins != self._xmins:

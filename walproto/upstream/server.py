@@ -78,13 +78,13 @@ class Commands:
         """Create a physical replication slot and reserve WAL for it."""
         await self._ask(f'CREATE_REPLICATION_SLOT "{slot}" PHYSICAL RESERVE_WAL')
 
-    async def start(self, lsn: int, tli: int, slot: str | None) -> bool:
-        """Have WAL streamed; whether there is any before the end of the timeline."""
+    async def start(self, lsn: int, tli: int, slot: str | None) -> Answer:
+        """Have WAL streamed; at the end of the timeline there is none, but a row that names the
+        next one."""
         using = f'SLOT "{slot}" ' if slot else ""
-        answer = await self._ask(
+        return await self._ask(
             f"START_REPLICATION {using}PHYSICAL {format_lsn(lsn)} TIMELINE {tli}"
         )
-        return answer.is_streaming
 
     async def _ask(self, command: str) -> Answer:
         """Have a command executed.  UpstreamError if the server refuses, or is silent."""
