@@ -134,7 +134,9 @@ class Scanner:
             if self._missing:
                 offset = self._continue_record(page, offset, address)
         while offset < PAGE_SIZE and not self._zeros_to:
-            offset = self._walk_record(page, offset, address)
+            offset = self._walk_plain_records(page, offset, address)
+            if offset < PAGE_SIZE:
+                offset = self._walk_record(page, offset, address)
         if self._zeros_to and offset < PAGE_SIZE:
             self._walk_zeros(page, offset, address)
         self._position = address + PAGE_SIZE
@@ -169,6 +171,29 @@ class Scanner:
                 f"out-of-sequence timeline ID {tli} (after {self._page_tli}) {self._where(address)}"
             )
         return size
+
+    def _walk_plain_records(self, page: memoryview, offset: int, address: int) -> int:
+        """Walk over the records that are whole in this page, right and nothing special, as nearly
+        all are; the offset of the first that is not.  What is to be said of that one,
+        :meth:`_walk_record` knows, which does the same at half the speed."""
+        last = self.last_record
+        begin = offset
+        while offset <= PAGE_SIZE - _RECORD_HEADER_SIZE:
+            length, _, prev, info, rmid, crc = RECORD_HEADER.unpack_from(page, offset)
+            end = offset + length
+            if (
+                length < _RECORD_HEADER_SIZE
+                or end > PAGE_SIZE
+                or prev != last
+                or (rmid == 0 and info & 0xF0 == XLOG_SWITCH)
+                or crc32c(page[offset : offset + 20], crc32c(page[offset + 24 : end])) != crc
+            ):
+                break
+            last = address + offset
+            offset = (end + 7) & ~7
+        if offset > begin:
+            self.last_record, self.end = last, address + offset
+        return offset
 
     def _walk_record(self, page: memoryview, offset: int, address: int) -> int:
         """Walk over the record at ``offset``; the offset of the next, PAGE_SIZE if there is none
