@@ -7,11 +7,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo test lint types clean
+.PHONY: help venv demo test lint types bench-latency clean
 
 help: ## Tell what can be made (this)
 	@echo "make TARGET, where TARGET is one of"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/    \1\t\2/p' $(firstword $(MAKEFILE_LIST))
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/    \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 venv: $(INSTALLED) ## Install walproto and its tools into .venv
 
@@ -26,6 +26,9 @@ lint: $(INSTALLED) ## Check the style
 
 types: $(INSTALLED) ## Check the types
 	$(BIN)/mypy
+
+bench-latency: $(INSTALLED) ## Measure how long a commit takes through a relay
+	@$(BIN)/python -m benchmarks.commit_latency
 
 clean: ## Remove all that was made, .venv too
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Measurements of walproto beside PostgreSQL's own, each in one run on one machine."""
