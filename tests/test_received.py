@@ -338,3 +338,38 @@ def test_finished_segments_stay_ours_when_another_timeline_is_begun(receiving: R
     before = receiving.segments.stamp(1, start)
     receiving.received.begin(2, start + MB, start + MB)
     assert receiving.segments.stamp(1, start) == before
+
+
+# --- What is found right ---------------------------------------------------------------------
+
+
+def test_what_was_walked_over_is_proven_as_far_as_it_may_be_seen() -> None:
+    received = Received()
+    told: list[int] = []
+    received.walked = lambda: told.append(received.proven_to)
+    received.begin(1, 3 * MB, 3 * MB + 100)
+    assert received.proven_to == 3 * MB + 100
+    received.walk(1, 3 * MB, "no more")  # it was proven before
+    received.synced_to = 3 * MB + 5 * PAGE + 200
+    received.walk(2, 4 * MB, "of another timeline")
+    received.walk(1, 3 * MB + 2 * PAGE, "")
+    received.walk(1, 3 * MB + 5 * PAGE + 208, "no more")  # with what fills the last record up
+    assert told == [3 * MB + 100, 3 * MB + 2 * PAGE, 3 * MB + 5 * PAGE + 200]
+    assert received.stopped_at is None
+
+
+def test_a_walk_that_stops_before_the_last_page_has_found_something_wrong() -> None:
+    received = Received()
+    received.begin(1, 3 * MB, 3 * MB)
+    received.synced_to = 3 * MB + 5 * PAGE + 200
+    received.walk(1, 3 * MB + 5 * PAGE, "the record is not whole yet")
+    assert received.stopped_at is None
+    received.synced_to += PAGE
+    received.walk(1, 3 * MB + 5 * PAGE, "")
+    assert received.stopped_at is None
+    received.walk(1, 3 * MB + 5 * PAGE, "invalid record length")
+    assert received.reason == "invalid record length"
+    stopped_at: int | None = received.stopped_at
+    assert stopped_at == 3 * MB + 5 * PAGE
+    received.begin(1, 3 * MB + 5 * PAGE, 3 * MB + 5 * PAGE)
+    assert received.stopped_at is None

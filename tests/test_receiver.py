@@ -19,10 +19,11 @@ from tests.wal_builder import PAGE, WalBuilder
 from walproto.errors import ProtocolViolation
 from walproto.lsn import format_lsn
 from walproto.timeline.history import History
+from walproto.timeline.holding import UNPROVEN
 from walproto.timeline.replicas import Replica, Replicas
 from walproto.upstream.connection import Answer
 from walproto.upstream.receiver import Receiver, Terms
-from walproto.upstream.store import FULL, RETRY
+from walproto.upstream.store import RETRY
 from walproto.wal.headers import InvalidWal
 from walproto.wal.incoming import IncomingWal
 from walproto.wire.replication import Feedback
@@ -264,7 +265,7 @@ def test_without_a_timeout_it_waits_for_ever(streams: _Streams) -> None:
 def test_it_pauses_while_too_much_waits_to_be_written(streams: _Streams) -> None:
     """It then hears nothing, and so tells how far it is each second; silence is its own doing."""
     stream = streams(timeout=8)
-    while stream.store.received_lsn - START <= FULL:
+    while stream.store.received_lsn - START <= UNPROVEN:
         assert not stream.connection.is_paused
         stream.come(16 * PAGE)
     assert stream.connection.is_paused
@@ -278,13 +279,14 @@ def test_it_pauses_while_too_much_waits_to_be_written(streams: _Streams) -> None
     assert stream.told() == []
     stream.threads.begin()
     stream.threads.hear()
+    assert stream.connection.is_paused  # what is written is not proven yet
+    stream.threads.finish()
     assert not stream.connection.is_paused
     stream.told()
     stream.clock.advance(0)
     assert stream.store.received_lsn == received + PAGE
-    assert stream.told() == [f"r {at(16 * PAGE)} 0/0 0/0"]  # it was asked for
+    assert stream.told() == [f"r {at(16 * PAGE)} {at(16 * PAGE)} 0/0"]  # it was asked for
     assert stream.connection.is_paused  # that was too much again
-    stream.threads.finish()
     stream.threads.work_all()
     stream.told()
     asked = [second for second, line in stream.wait(7) if line.endswith(" reply")]
@@ -302,7 +304,7 @@ def test_it_pauses_while_the_disk_is_full(streams: _Streams) -> None:
     stream.come(PAGE)
     assert stream.connection.is_paused
     stream.told()
-    for _ in range(20):
+    for _ in range(6):
         assert stream.wait(1) == [(1, "r 0/0 0/0 0/0")]
         stream.threads.work_all()
     directory.rmdir()
@@ -315,6 +317,23 @@ def test_it_pauses_while_the_disk_is_full(streams: _Streams) -> None:
     asked = [second for second, line in stream.wait(7) if line.endswith(" reply")]
     assert asked == [4]  # as if it had spoken just when we began to hear again
     assert not stream.ended
+
+
+def test_it_does_not_hold_a_server_up_while_the_disk_stays_full(streams: _Streams) -> None:
+    """One that shuts down waits until all that it has sent is flushed."""
+    stream = streams(timeout=8)
+    (stream.stored.directory / "000000010000000000000010.partial").mkdir()
+    stream.come(PAGE)
+    stream.threads.work()
+    stream.come(PAGE)
+    for _ in range(7):
+        stream.clock.advance(1)
+        stream.threads.work_all()
+        assert not stream.ended
+    stream.clock.advance(1)
+    (ended,) = stream.ended
+    assert isinstance(ended, Failure)
+    assert str(ended.value) == "nothing can be written: receiving again when it can"
 
 
 # -- What the replicas need ----------------------------------------------------------------------

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ from tests.middleman import Middleman, message
 from tests.postgres import (
     HOST,
     Cluster,
+    ReceiveWal,
     Relay,
     Workspace,
     identify_system,
@@ -25,7 +27,7 @@ from tests.postgres import (
     same_wal_to,
     workspace,
 )
-from tests.relays import PAGE, SEGMENT, SLOT, Relayed
+from tests.relays import PAGE, SEGMENT, SLOT, Relayed, told
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,87 @@ def test_the_upstream_sends_garbage(primary: Primary, middleman: Middleman, what
     same_wal_to(end, primary.cluster.wal_dir, setting.directory)
     setting.relay.stop()
     # Where it noticed may have been another place the first time.
-    told = re.findall(r"(?m)^\S+ \[(.*upstream: .*)", setting.relay.output)
-    assert len(set(told)) == len(told) <= 2, setting.relay.output
-    assert all(re.search(line, one) for one in told)
+    lines = re.findall(r"(?m)^\S+ \[(.*upstream: .*)", setting.relay.output)
+    assert len(set(lines)) == len(lines) <= 2, setting.relay.output
+    assert all(re.search(line, one) for one in lines)
     assert "Traceback" not in setting.relay.output
+
+
+def with_records(lsn: int, data: bytes, begin: int) -> bytes:
+    """With another byte in the middle of each page, where no header is."""
+    changed = bytearray(data)
+    for at in range(-lsn % PAGE, len(data) - PAGE + 1, PAGE):
+        if lsn + at >= begin:
+            changed[at + 5000] ^= 0x55
+    return with_data(lsn, bytes(changed))
+
+
+def received(setting: Relayed, end: str) -> Path:
+    """What a pg_receivewal gets of the relay up to there."""
+    directory = setting.space.directory(f"{setting.directory.name}-received")
+    options = ("--no-loop", f"--endpos={int_to_lsn(lsn_to_int(end) - 1)}")
+    with ReceiveWal(setting.primary.installation, directory, setting.relay.port, *options) as it:
+        assert it.wait() == 0, it.output
+    return directory
+
+
+def test_records_are_damaged_on_their_way(primary: Primary, middleman: Middleman) -> None:
+    """No page shows it, but nothing from there on is acknowledged, or shown to clients; and it is
+    fetched again, also when the relay is killed meanwhile."""
+    setting = primary.relayed("records", middleman.conninfo)
+    meddler = Meddler(with_records, middleman.acknowledged)
+    middleman.meddle = meddler.meddle
+    setting.write(2 * SEGMENT, wait=False)
+    line = (
+        "the WAL that came for .* does not go on from what is here, or was damaged on its way: "
+        "(incorrect resource manager data checksum|record with incorrect prev-link|invalid record)"
+    )
+    setting.relay.expect(r"#critical\] upstream: " + line)
+    meddler.wait_changed(3)
+    served = identify_system(primary.cluster.installation, setting.relay.port)[2]
+    assert middleman.acknowledged <= lsn_to_int(served)
+    same_wal_to(served, primary.cluster.wal_dir, received(setting, served))
+    setting.relay.kill()
+    assert "Traceback" not in setting.relay.output
+    setting.restart_relay()
+    setting.relay.expect(r"#critical\] upstream: " + line)
+    assert identify_system(primary.cluster.installation, setting.relay.port)[2] == served
+    assert middleman.acknowledged <= lsn_to_int(served)
+
+    meddler.is_at_work = False
+    end = setting.write(1000)
+    same_wal_to(end, primary.cluster.wal_dir, setting.directory)
+    setting.relay.stop()
+    lines = re.findall(r"(?m)^\S+ \[(.*upstream: .*)", setting.relay.output)
+    assert len(set(lines)) == len(lines) <= 2, setting.relay.output
+
+
+def test_a_server_is_put_back_to_an_earlier_state(primary: Primary) -> None:
+    """It goes on with other WAL than before, of the same timeline, from a segment's start on."""
+    space = primary.space
+    server = space.cluster(primary.cluster.installation, "server").init(wal_segsize_mb=1).start()
+    relay = space.add(Relay(space.directory("server-wal"), server.conninfo))
+    server.sql("CREATE TABLE rows (id int, filler text)")
+    earlier = space.add(server.backup_to(space.path / "earlier", wal="fetch"))
+    insert = (
+        "INSERT INTO rows SELECT i, repeat(md5((i * {})::text), 9) FROM generate_series(1, {}) i"
+    )
+    server.sql(insert.format(3, 5000))
+    end = server.switch_wal()
+    server.wait_until(told("flush_lsn", end))
+    server.kill()
+
+    earlier.port = server.port
+    earlier.start()
+    while lsn_to_int(earlier.sql("SELECT pg_current_wal_lsn()")) < lsn_to_int(end) + 5 * PAGE:
+        earlier.sql(insert.format(7, 500))
+    refused = r"#critical\] upstream: the WAL that came for .* does not go on from what is here"
+    for _ in range(2):
+        relay.expect(refused)
+        assert identify_system(primary.cluster.installation, relay.port)[2] == end
+        acknowledged = earlier.sql("SELECT max(flush_lsn) FROM pg_stat_replication")
+        assert not acknowledged or lsn_to_int(acknowledged) <= lsn_to_int(end)
+        relay.kill()
+        assert "Traceback" not in relay.output
+        relay = space.add(relay.again())
+    earlier.stop()

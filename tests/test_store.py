@@ -21,8 +21,8 @@ from tests.test_watch import open_files
 from tests.upstream_fakes import Logged, Stored
 from tests.wal_builder import WalBuilder
 from walproto.lsn import segment_name
-from walproto.timeline.holding import examine
-from walproto.upstream.store import FULL, RETRY
+from walproto.timeline.holding import UNPROVEN, examine
+from walproto.upstream.store import RETRY
 from walproto.wal.writer import SyncError
 
 SIZE = 64 * 1024
@@ -184,8 +184,8 @@ def test_nothing_is_made_of_nothing(begun: Begun) -> None:
     assert begun.store.received_lsn == START
 
 
-def test_it_is_full_until_enough_is_written(begun: Begun) -> None:
-    begun.append(FULL)
+def test_it_is_full_until_enough_is_proven(begun: Begun) -> None:
+    begun.append(UNPROVEN)
     assert not begun.store.is_full
     begun.append(1)
     assert begun.store.is_full
@@ -193,10 +193,11 @@ def test_it_is_full_until_enough_is_written(begun: Begun) -> None:
     begun.observer = lambda: seen.append(begun.store.is_full)
     begun.threads.begin()
     assert begun.store.is_full
-    begun.threads.hear()  # it is written, if not synced: there is room again
-    assert seen == [False]
+    begun.threads.hear()  # it is written, but nobody has looked at it yet
+    assert seen == [True]
     assert begun.store.flush_lsn == 0
     begun.threads.finish()
+    assert not begun.store.is_full
     begun.threads.work_all()
     begun.check_all_on_disk()
 

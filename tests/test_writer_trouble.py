@@ -13,7 +13,7 @@ import pytest
 from tests.disk import DATA, SECOND, THIRD, Disk, expected_files, files, pieces
 from tests.test_segments import open_files
 from tests.wal_builder import MB
-from walproto.wal.writer import SegmentWriter, SyncError, store_history
+from walproto.wal.writer import SegmentWriter, SyncError, set_aside_behind, store_history
 
 
 @pytest.fixture
@@ -42,6 +42,47 @@ def test_a_segment_that_cannot_be_begun_leaves_nothing_and_can_be_begun_later(
     writer.write(2 * MB, job)
     writer.close()
     assert files(tmp_path) == expected_files(2 * MB, 4 * MB + 5)
+
+
+def test_a_segment_that_cannot_be_named_is_named_later(tmp_path: Path, disk: Disk) -> None:
+    writer = SegmentWriter(tmp_path, 1, MB, 2 * MB)
+    job = pieces(DATA[: 2 * MB + 5], MB // 8)
+    disk.failing["rename"] = errno.EPERM
+    for _ in range(2):
+        with pytest.raises(OSError, match="Operation not permitted"):
+            writer.write(2 * MB, job)
+        assert writer.lsn == 3 * MB
+        assert list(files(tmp_path)) == ["000000010000000000000002.partial"]
+        writer.sync()
+    disk.failing.clear()
+    writer.write(2 * MB, job)
+    writer.close()
+    assert files(tmp_path) == expected_files(2 * MB, 4 * MB + 5)
+    assert [end for end, _ in writer.completed] == [3 * MB, 4 * MB]
+
+
+def test_a_segment_that_is_removed_meanwhile_is_not_on_disk(tmp_path: Path) -> None:
+    writer = SegmentWriter(tmp_path, 1, MB, 2 * MB)
+    writer.write(2 * MB, pieces(DATA[:5000], 1000))
+    writer.sync()
+    (path,) = tmp_path.iterdir()
+    path.unlink()
+    with pytest.raises(SyncError, match=f'file "{path}" was removed'):
+        writer.sync()
+    writer.close()
+
+
+def test_what_is_wrong_is_set_aside(tmp_path: Path) -> None:
+    kept = ["000000010000000000000003", "000000020000000000000005", "00000002.history"]
+    wrong = ["000000010000000000000004", "000000010000000000000005.partial"]
+    for name in [*kept, *wrong]:
+        (tmp_path / name).write_text(name)
+    for _ in range(2):
+        assert set_aside_behind(tmp_path, 1, 3 * MB + 100, MB) == wrong
+        names = sorted(path.name for path in tmp_path.iterdir())
+        assert names == sorted([*kept, *(f"{name}.aside" for name in wrong)])
+        for name in wrong:
+            (tmp_path / name).write_text(name)
 
 
 def test_a_directory_that_cannot_be_opened_is_tried_again(tmp_path: Path, disk: Disk) -> None:

@@ -361,6 +361,18 @@ def _lines(clock: Clock, sent: list[bytes]) -> Iterator[str]:
 # --- Putting them together -----------------------------------------------------------------------
 
 
+class Walked(Received):
+    """What is received, each byte of it proven as soon as it is on disk: nobody walks over it."""
+
+    @property
+    def proven_to(self) -> int:
+        return self.synced_to
+
+    @proven_to.setter
+    def proven_to(self, lsn: int) -> None:
+        pass
+
+
 class Stored:
     """A store, and all that it tells."""
 
@@ -368,7 +380,7 @@ class Stored:
         self.directory = directory
         self.clock = clock
         self.threads = HeldThreads()
-        self.received = Received()
+        self.received = Walked()
         self.failures: list[Exception] = []
         self.progress: list[tuple[int, int]] = []
         self.observer: Callable[[], None] = lambda: None

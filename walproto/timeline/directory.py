@@ -164,7 +164,7 @@ class WalDirectory:
             return
         before = self._tail, self.commit_lsn
         stamp = tail.stamp()
-        more = tail.advance(STEP)
+        more = self._advance(tail)
         if self._ready:
             more |= self._follow_newer_timelines(tail)
         elif not more:
@@ -190,6 +190,13 @@ class WalDirectory:
         if progress:
             for observer in list(self._observers):
                 observer()
+
+    def _advance(self, tail: Tail) -> bool:
+        """Walk on; whether there may be more to walk over at once.  Who receives is told, too."""
+        more = tail.advance(STEP)
+        if self._received is not None:
+            self._received.walk(tail.history.tli, tail.position, "" if more else tail.reason)
+        return more
 
     def _find_tail(self) -> Tail | None:
         """Look for WAL where there was none before."""
@@ -288,6 +295,9 @@ class WalDirectory:
         It takes two looks: when the next segment was begun, this one had been finished before, but
         perhaps only after we had looked at it.
         """
+        received = self._received
+        if received is not None and tail.history.tli == received.tli:
+            return False  # whoever receives it, is told where it stops, and fetches it again
         if not tail.goes_on_behind():
             self._stopped_at, self._damage = 0, None
         elif tail.position != self._stopped_at:
@@ -341,7 +351,7 @@ class WalDirectory:
             newer = self._newer
         if newer is None:
             return False
-        more = newer.advance(STEP)
+        more = self._advance(newer)
         if newer.is_found and newer.end >= newer.history.start_lsn:
             if newer.history != tail.history:
                 self._log.info(

@@ -25,6 +25,10 @@ from walproto.wal.pages import Identity
 from walproto.wal.segments import Segments
 from walproto.wal.writer import sync_directory, sync_file
 
+UNPROVEN = 4 * 1024 * 1024
+"""Bytes of WAL that may come before they are found right; so what was found wrong when a process
+was killed, is not further away from the end."""
+
 _STEP = 1 << 20
 
 
@@ -42,6 +46,8 @@ class Holding:
     it or all that can be relied on, or its end if it is whole."""
     path: Path
     """The newest segment's file."""
+    leaves_behind: bool = False
+    """Whether there are segments behind :attr:`end`, which do not go on from what is before it."""
 
     def joins(self, lsn: int) -> bool:
         """Whether there is all WAL from ``lsn`` to :attr:`end`, which is on disk then.  Raises
@@ -61,8 +67,9 @@ def examine(directory: Path) -> Holding | None:
     """What ``directory`` holds, brought to disk; None if there is no WAL in it.
 
     A segment that is whole and was not yet given its name, gets it.  It takes as long as walking
-    over the newest segment does.  Raises OSError if the directory cannot be read, ValueError if
-    what is there is in a format we do not know, SyncError if it cannot be brought to disk.
+    over the two newest segments does, for the last one must go on from the one before.  Raises
+    OSError if the directory cannot be read, ValueError if what is there is in a format we do not
+    know, SyncError if it cannot be brought to disk.
     """
     found = survey(directory)
     if found is None:
@@ -71,9 +78,17 @@ def examine(directory: Path) -> Holding | None:
     start, end = found.last_lsn, found.last_lsn + identity.segment_size
     segments = Segments(directory, identity)
     try:
-        tail = Tail(segments, identity, history, start)
-        while tail.advance(_STEP):
-            pass
+        size = identity.segment_size
+        tail = _walk(segments, identity, history, _first_unproven(segments, history, start, size))
+        if tail.position < start:
+            wrong = tail.position
+            tli = history.file_tli(wrong, size)
+            length = int.from_bytes(segments.read(tli, wrong, 4), "little")
+            if tail.is_found and tli == history.tli and wrong + length < start:
+                path = directory / segments.name(tli, wrong)
+                return Holding(identity, history, tail.end, wrong, path, leaves_behind=True)
+            # It is a record that goes on in the newest segment, and has lost a piece there.
+            tail = _walk(segments, identity, history, start)
         begins_whole = tail.start < start or tail.begins_whole()
     finally:
         segments.close()
@@ -89,3 +104,23 @@ def examine(directory: Path) -> Holding | None:
     sync_directory(directory)
     there = path if is_named or is_whole else partial
     return Holding(identity, history, valid_to, end if is_whole else proven_to, there)
+
+
+def _first_unproven(segments: Segments, history: History, newest: int, size: int) -> int:
+    """The start of the first segment that may hold something which was not proven yet when the
+    segment at ``newest`` was written to, or of the one before, with which it has to go on."""
+    first = newest
+    for _ in range(-(-UNPROVEN // size) + 1):
+        before = first - size
+        if before < 0 or not segments.read(history.file_tli(before, size), before, 1):
+            break
+        first = before
+    return first
+
+
+def _walk(segments: Segments, identity: Identity, history: History, start: int) -> Tail:
+    """The end of the WAL from the segment at ``start`` on."""
+    tail = Tail(segments, identity, history, start)
+    while tail.advance(_STEP):
+        pass
+    return tail

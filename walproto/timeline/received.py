@@ -8,6 +8,7 @@ without asking the disk for it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from walproto.lsn import PAGE_SIZE
@@ -29,6 +30,14 @@ class Received:
         """The timeline that is received; 0 if nothing is, and then all there is may be read."""
         self.synced_to = 0
         """The LSN up to which WAL of this timeline may be read."""
+        self.proven_to = 0
+        """The LSN up to which its records were found right, and what there is of the last one."""
+        self.stopped_at: int | None = None
+        """The LSN of a record that is wrong, though whole pages have come behind it."""
+        self.reason = ""
+        """Why it is wrong."""
+        self.walked: Callable[[], None] = lambda: None
+        """Called when one of these three may have changed."""
         self._start = 0
         self._end = 0
         self._ring = bytearray(RECENT_SIZE)
@@ -37,7 +46,8 @@ class Received:
 
     def begin(self, tli: int, lsn: int, synced_to: int) -> None:
         """WAL of ``tli`` will come from ``lsn`` on; up to ``synced_to`` it is there already."""
-        self.tli, self.synced_to = tli, synced_to
+        self.tli, self.synced_to, self.proven_to = tli, synced_to, synced_to
+        self.stopped_at = None
         self._start = self._end = self._open_from = lsn
 
     def append(self, data: memoryview) -> None:
@@ -60,6 +70,16 @@ class Received:
             buffer[:size] = ring[at : at + size]
             buffer[size:] = ring[: len(buffer) - size]
         return True
+
+    def walk(self, tli: int, position: int, reason: str) -> None:
+        """The walk over the records of ``tli`` has come to ``position``; ``reason`` is why it goes
+        no further for now, empty if it does."""
+        if tli != self.tli:
+            return
+        self.proven_to = max(self.proven_to, min(position, self.synced_to))
+        is_stuck = bool(reason) and position < self.synced_to - self.synced_to % PAGE_SIZE
+        self.stopped_at, self.reason = (position, reason) if is_stuck else (None, "")
+        self.walked()
 
     def visible_to(self, tli: int) -> int:
         """Up to where WAL of ``tli`` may be read."""

@@ -99,11 +99,17 @@ class Conversation:
         self._threads = threads
         self._streaming = streaming
         self._receiver: Receiver | None = None
+        self._refusal: Refusal | None = None
 
     def progressed(self) -> None:
-        """The store has got further."""
+        """The store has got further, or what is proven of it."""
         if self._receiver is not None:
             self._receiver.progressed()
+
+    def refuse(self, refusal: Refusal) -> None:
+        """End it, for what has come is wrong."""
+        self._refusal = refusal
+        self._connection.lose(str(refusal))
 
     async def hold(self) -> None:
         """Receive WAL for as long as it comes.  Always raises, an UpstreamError or a Refusal."""
@@ -248,7 +254,8 @@ class Conversation:
         """Begin the timeline that goes on from the one that is received."""
         size = server.segment_size
         start = ended.switch_lsn - ended.switch_lsn % size
-        self._store.begin(ended.next_tli, start, size, synced_to=start, flush_lsn=ended.switch_lsn)
+        flush_lsn = min(ended.switch_lsn, self._store.proven_lsn)
+        self._store.begin(ended.next_tli, start, size, synced_to=start, flush_lsn=flush_lsn)
 
     # --- streaming -------------------------------------------------------------------------
 
@@ -293,6 +300,8 @@ class Conversation:
         except ProtocolViolation as error:
             raise UpstreamError(error.message) from None
         except UpstreamError as error:
+            if self._refusal is not None:
+                raise self._refusal from None
             if error.sqlstate == UNDEFINED_FILE:
                 raise self._gap(tli, store.received_lsn, error) from None
             if error.sqlstate == OBJECT_NOT_IN_PREREQUISITE_STATE and not slot_lsn:

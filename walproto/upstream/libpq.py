@@ -56,15 +56,18 @@ def replication_conninfos(conninfo: str) -> list[str]:
     """
     try:
         given = {name: str(value) for name, value in conninfo_to_dict(conninfo).items()}
-        settings = _defaults() | given
+        service = given.get("service") or os.environ.get("PGSERVICE")
+        settings = _defaults(service) | given
         made: dict[str, Any] = {"fallback_application_name": "walproto"}
+        if service:
+            made |= {name: settings[name] for name in _FROM_SERVICE if settings.get(name)}
         if not settings.get("connect_timeout"):
             made["connect_timeout"] = CONNECT_TIMEOUT
         # As walreceiver has it: "replication" is the database in a password file.
         made |= {"replication": "true", "dbname": "replication"}
         lists = {name: settings[name].split(",") for name in _HOSTS if settings.get(name)}
         count = max(map(len, lists.values()), default=1)
-        return [make_conninfo(conninfo, **made, **_turned(lists, turn)) for turn in range(count)]
+        return [make_conninfo(conninfo, **(made | _turned(lists, turn))) for turn in range(count)]
     except PsycopgError as error:
         text = str(error).strip()
         if re.search("pass|://.*@", conninfo):
@@ -74,6 +77,8 @@ def replication_conninfos(conninfo: str) -> list[str]:
 
 
 _HOSTS = ("host", "hostaddr", "port")
+_FROM_SERVICE = (*_HOSTS, "connect_timeout", "target_session_attrs", "load_balance_hosts")
+"""What has to be known before libpq is asked, which alone would look it up in a service file."""
 
 
 def _turned(lists: dict[str, list[str]], turn: int) -> dict[str, str]:
@@ -86,9 +91,21 @@ def _turned(lists: dict[str, list[str]], turn: int) -> dict[str, str]:
     }
 
 
-def _defaults() -> dict[str, str]:
-    """What the environment says where the connection string does not."""
-    return {one.keyword.decode(): one.val.decode() for one in pq.Conninfo.get_defaults() if one.val}
+def _defaults(service: str | None) -> dict[str, str]:
+    """What the environment, and the service file, say where the connection string does not."""
+    before = os.environ.get("PGSERVICE")
+    if service:
+        os.environ["PGSERVICE"] = service
+    try:
+        defaults = pq.Conninfo.get_defaults()
+    except MemoryError:  # as psycopg calls it; that there is no such service, libpq says later
+        defaults = []
+    finally:
+        if service and before is None:
+            del os.environ["PGSERVICE"]
+        elif service and before is not None:
+            os.environ["PGSERVICE"] = before
+    return {one.keyword.decode(): one.val.decode() for one in defaults if one.val}
 
 
 def connect(reactor: Any, conninfo: str) -> Deferred[Connection]:

@@ -21,7 +21,7 @@ class DirectoryLock:
                 "(there is archive_status in it)"
             )
         try:
-            self._fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._fd: int | None = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise ValueError(f"{directory}: {error.strerror}") from None
         if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
@@ -34,4 +34,6 @@ class DirectoryLock:
             raise ValueError(f"another walsender receives into {directory} already") from None
 
     def release(self) -> None:
-        os.close(self._fd)
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None

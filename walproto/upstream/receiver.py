@@ -133,13 +133,17 @@ class Receiver:
         size = min(len(wal), len(self._known))
         if wal[:size] != self._known[:size]:
             at = format_lsn(self._incoming.lsn - len(wal))
-            raise InvalidWal(f"WAL that came for {at} is not the same as what is here")
+            raise InvalidWal(
+                f"WAL that came for {at} is not the same as what is here: the server was put back "
+                "to an earlier state, and to follow it takes an empty directory"
+            )
         self._known = self._known[size:]
         return wal[size:]
 
     def _positions(self) -> tuple[int, int]:
-        """What is told: how far WAL is written, and how far it is on disk; 0 if that is unknown."""
-        flush = self._store.flush_lsn
+        """What is told: how far WAL is written, and how far it is on disk and proven; 0 if that is
+        unknown."""
+        flush = self._store.proven_lsn
         return self._store.written_lsn, flush if flush >= self._terms.flush_from else 0
 
     def _tell_status(self, reply_requested: bool = False) -> None:
@@ -178,6 +182,10 @@ class Receiver:
         timeout = self._terms.timeout
         silence = now - self._heard_at
         if self._connection.is_paused:
+            if self._store.cannot_write and timeout and silence >= timeout:
+                # It may have been told to shut down, and waits for us.
+                self._connection.lose("nothing can be written: receiving again when it can")
+                return
             self._tell_status()  # whatever it asks, we do not hear it
         elif timeout and silence >= timeout:
             self._connection.lose("terminating walreceiver due to timeout")

@@ -23,6 +23,7 @@ from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from walproto.lsn import format_lsn
 from walproto.timeline.directory import WalDirectory
 from walproto.timeline.holding import examine
 from walproto.timeline.received import Received
@@ -32,7 +33,7 @@ from walproto.upstream.fence import Fence
 from walproto.upstream.lock import DirectoryLock
 from walproto.upstream.store import Store
 from walproto.wal.segments import Stamp, stamp_of
-from walproto.wal.writer import SyncError
+from walproto.wal.writer import SyncError, set_aside_behind
 
 FIRST_WAIT, LONGEST_WAIT = 0.1, 10.0
 """Seconds between two tries to connect: at first, and after many in vain."""
@@ -108,7 +109,8 @@ class WalRelay:
         self._threads = OneThread(reactor)
         self._fence = Fence(self._directory)
         self._fence_lsn: int | None = None
-        received = Received()
+        self._received = received = Received()
+        received.walked = self._walked
         self.timeline = WalDirectory(directory, reactor, received=received)
         self._store = Store(
             self._directory, received, reactor, self._threads, self._progressed, self._broken
@@ -119,6 +121,7 @@ class WalRelay:
         self._tries = 0
         self._turn = 0
         self._said: set[str] = set()
+        self._passing: set[str] = set()
         self._shown = 0
         self._streams_since: float | None = None
         self._newest = self._directory
@@ -151,11 +154,13 @@ class WalRelay:
                 await self._receive()
             except UpstreamError as error:
                 self._tell(self._log.warn, f"{error}: trying again")
+                self._passing.add(f"{error}: trying again")
             except OSError as error:
                 self._tell(self._log.critical, f"{self._directory}: {error.strerror}")
             except Refusal as refusal:
                 self._tell(self._log.critical, f"{refusal}")
                 self._turn += 1
+                await self._store.when_idle()
                 await self._refuse(refusal)
             except (CancelledError, SyncError):
                 raise
@@ -172,11 +177,12 @@ class WalRelay:
     async def _refuse(self, refusal: Refusal) -> None:
         """We do not want that server's WAL."""
         lsn = refusal.fence_lsn
-        if lsn is not None and lsn != self._fence_lsn:
-            self._fence_lsn = lsn
-            self.timeline.fence(lsn)
-            await self._threads.run(lambda: self._fence.put_up(lsn, str(refusal)))
         try:
+            if lsn is not None and lsn != self._fence_lsn:
+                self.timeline.fence(lsn)
+                await self._threads.run(lambda: self._fence.put_up(lsn, str(refusal)))
+                self._fence_lsn = lsn
+            await self._rewind()
             await self._look()
         except (OSError, ValueError) as error:
             self._tell(self._log.critical, f"{self._directory}: {error}")
@@ -198,6 +204,9 @@ class WalRelay:
         if holding.end > here and (
             self._store.identity is None or await self._threads.run(lambda: holding.joins(here))
         ):
+            if holding.leaves_behind:
+                size = holding.identity.segment_size
+                await self._set_aside_behind(holding.history.tli, holding.end, size)
             self._store.go_on_from(holding)
 
     async def _receive(self) -> None:
@@ -222,10 +231,16 @@ class WalRelay:
     def _streaming(self) -> None:
         """WAL is about to come."""
         self._streams_since = self._reactor.seconds()
+        self._said -= self._passing
+        self._passing.clear()
         if self._fence_lsn is not None:
-            self._fence_lsn = None
-            self.timeline.fence(None)
             self._fence.take_down()
+            self._log.warn(
+                "the fence at {lsn} is taken down: this upstream's WAL goes on from ours",
+                lsn=format_lsn(self._fence_lsn),
+            )
+            self._fence_lsn = None
+        self.timeline.fence(None)
 
     def _progressed(self) -> None:
         if self._shown != self._store.flush_lsn:
@@ -233,6 +248,46 @@ class WalRelay:
             self.timeline.look()
         if self._conversation is not None:
             self._conversation.progressed()
+
+    def _walked(self) -> None:
+        """The records of what came have been looked at."""
+        if self._conversation is None:
+            return
+        self._conversation.progressed()
+        stopped_at = self._received.stopped_at
+        if stopped_at is not None:
+            self._conversation.refuse(
+                Refusal(
+                    f"the WAL that came for {format_lsn(stopped_at)} does not go on from what is "
+                    f"here, or was damaged on its way: {self._received.reason}: it is not "
+                    "acknowledged, and fetched again; if that does not help, the server was put "
+                    "back to an earlier state, and to follow it takes an empty directory"
+                )
+            )
+
+    async def _rewind(self) -> None:
+        """Go back to before the WAL that was wrong."""
+        lsn = self._received.stopped_at
+        identity = self._store.identity
+        if lsn is None or identity is None:
+            return
+        tli, size, proven = self._store.tli, identity.segment_size, self._store.proven_lsn
+        await self._set_aside_behind(tli, lsn, size)
+        self._store.begin(tli, lsn, size, synced_to=lsn, flush_lsn=min(proven, lsn))
+
+    async def _set_aside_behind(self, tli: int, lsn: int, segment_size: int) -> None:
+        """Have no segments behind that with ``lsn``, for they do not go on from it."""
+        names = await self._threads.run(
+            lambda: set_aside_behind(self._directory, tli, lsn, segment_size)
+        )
+        if names and not self._said & set(names):
+            self._said.update(names)
+            self._log.warn(
+                "{directory}: WAL is wrong at {lsn}: set aside what is behind it: {names}",
+                directory=str(self._directory),
+                lsn=format_lsn(lsn),
+                names=", ".join(names),
+            )
 
     def _tell(self, log: Callable[..., None], text: str) -> None:
         """Tell the operator, once, what is wrong."""

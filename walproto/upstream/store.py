@@ -23,13 +23,10 @@ from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from walproto.timeline.holding import Holding
+from walproto.timeline.holding import UNPROVEN, Holding
 from walproto.timeline.received import Received
 from walproto.wal.pages import Identity
 from walproto.wal.writer import SegmentWriter
-
-FULL = 4 * 1024 * 1024
-"""Bytes that may wait to be written before there is to be a pause."""
 
 RETRY = 1.0
 """Seconds between two tries to write."""
@@ -78,6 +75,7 @@ class Store:
         self._retry: IDelayedCall | None = None
         self._complaint = ""
         self._awaiting_idle: list[Deferred[None]] = []
+        self._proven_at_first = 0
         self.identity: Identity | None = None
         """Whose WAL is received; None as long as there is none."""
         self.is_closed = False
@@ -95,9 +93,18 @@ class Store:
         return self._received.tli
 
     @property
+    def proven_lsn(self) -> int:
+        """How far WAL is on disk and was found right, record by record; 0 as long as none is.
+
+        This is what is acknowledged: a copy that cannot be recovered from is none.
+        """
+        return max(self._proven_at_first, min(self.flush_lsn, self._received.proven_to))
+
+    @property
     def is_full(self) -> bool:
-        """Whether so much waits to be written that no more should come."""
-        return self.cannot_write or self.received_lsn - self._writer_lsn > FULL
+        """Whether so much waits to be written and proven that no more should come."""
+        unproven = self.received_lsn - self._received.proven_to
+        return self.cannot_write or unproven > UNPROVEN
 
     @property
     def cannot_write(self) -> bool:
@@ -128,7 +135,7 @@ class Store:
         self._writer = SegmentWriter(self._directory, tli, segment_size, lsn)
         self._received.begin(tli, lsn, synced_to)
         self.received_lsn = self._writer_lsn = lsn
-        self.written_lsn = self.flush_lsn = flush_lsn
+        self.written_lsn = self.flush_lsn = self._proven_at_first = flush_lsn
 
     def append(self, data: memoryview) -> None:
         """Take the WAL that comes next."""

@@ -12,12 +12,13 @@ sync that failed cannot.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from walproto.lsn import history_name, segment_name
+from walproto.lsn import history_name, parse_segment_name, segment_name
 from walproto.wal.segments import Stamp, stamp_of
 
 _MAX_BUFFERS = 512
@@ -37,6 +38,7 @@ class SegmentWriter:
         self._lsn = lsn
         self._fd: int | None = None
         self._directory_fd: int | None = None
+        self._is_unnamed = False
         self.completed: list[tuple[int, Stamp]] = []
         """The segments that have got their name: where each ends, and its file's stamp."""
 
@@ -53,6 +55,8 @@ class SegmentWriter:
         """
         assert lsn <= self._lsn
         pending = _behind(buffers, self._lsn - lsn)
+        if self._is_unnamed:
+            self._name()
         while pending:
             room = self._segment_size - self._lsn % self._segment_size
             now, pending = _split(pending, room)
@@ -64,6 +68,8 @@ class SegmentWriter:
         """Have all that is written on disk when this returns.  Raises SyncError."""
         if self._fd is not None:
             _sync(os.fdatasync, self._fd, self._path(".partial"))
+            if os.fstat(self._fd).st_nlink == 0:
+                raise SyncError(f'file "{self._path(".partial")}" was removed')
 
     def close(self) -> None:
         self._close_segment()
@@ -113,23 +119,48 @@ class SegmentWriter:
         return fd
 
     def _complete(self) -> None:
-        """Give the segment before our position its name."""
+        """The segment before our position is full."""
         assert self._fd is not None
-        assert self._directory_fd is not None
-        last = self._lsn - 1
-        partial = self._path(".partial", last)
+        partial = self._path(".partial", self._lsn - 1)
         _sync(os.fdatasync, self._fd, partial)
         try:
             self._close_segment()
-            os.rename(partial, complete := self._path("", last))
-            _sync(os.fsync, self._directory_fd, self._directory)
-            self.completed.append((self._lsn, stamp_of(os.stat(complete))))
         except OSError as error:
+            raise SyncError(f'could not close file "{partial}": {error.strerror}') from error
+        self._is_unnamed = True
+        self._name()
+
+    def _name(self) -> None:
+        """Give the segment before our position its name."""
+        assert self._directory_fd is not None
+        partial, complete = self._path(".partial", self._lsn - 1), self._path("", self._lsn - 1)
+        try:
+            os.rename(partial, complete)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
             raise SyncError(f'could not rename file "{partial}": {error.strerror}') from error
+        self._is_unnamed = False
+        _sync(os.fsync, self._directory_fd, self._directory)
+        self.completed.append((self._lsn, stamp_of(os.stat(complete))))
 
 
 class SyncError(Exception):
     """The disk did not take what it was given, and nobody knows what of it is lost."""
+
+
+def set_aside_behind(directory: Path, tli: int, lsn: int, segment_size: int) -> list[str]:
+    """Give the segments of ``tli`` behind the one with ``lsn`` other names, which nobody takes for
+    segments: ``<name>.aside``.  Their names before.  Raises OSError or SyncError."""
+    behind = []
+    for entry in os.listdir(directory):
+        name = parse_segment_name(entry)
+        if name and name.tli == tli and name.segno(segment_size) > lsn // segment_size:
+            behind.append(entry)
+    for entry in sorted(behind, reverse=True):
+        os.replace(directory / entry, directory / f"{entry}.aside")
+    sync_directory(directory)
+    return sorted(behind)
 
 
 def store_history(directory: Path, tli: int, contents: bytes) -> None:
