@@ -162,11 +162,12 @@ def test_what_is_here_is_told_at_the_start(streams: _Streams) -> None:
     assert stream.told() == [f"r {at(2 * PAGE + 500)} {at(2 * PAGE + 500)} 0/0 reply", "h 0:0 0:0"]
 
 
-def test_the_first_message_is_told_of(streams: _Streams) -> None:
+def test_the_first_wal_is_told_of(streams: _Streams) -> None:
     stream = streams()
+    stream.connection.deliver(keepalive(START))
     assert stream.begun == []
     for _ in range(2):
-        stream.connection.deliver(keepalive(START))
+        stream.come()
         assert stream.begun == ["begun"]
 
 

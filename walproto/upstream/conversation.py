@@ -73,7 +73,7 @@ class UpstreamOptions:
 class Conversation:
     """One connection's conversation.
 
-    ``streaming`` is called when the server has begun to stream WAL.
+    ``streaming`` is called when WAL has begun to come.
     """
 
     _log = Logger()

@@ -55,8 +55,8 @@ class Terms:
 class Receiver:
     """Receives WAL over ``connection`` into ``store``, as long as it streams.
 
-    ``begun`` is called when the server does: it may still find that it has no such WAL when it has
-    said that it would stream it.
+    ``begun`` is called when the first WAL has come: a server may still find that it has none from
+    there on when it has said that it would stream it.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Receiver:
         self._timer: IDelayedCall | None = None
 
     def start(self) -> None:
-        """The server has said that it streams from now on; what it has to say, it is to say."""
+        """The server has said that it streams from now on: see whether it does."""
         self.heard()
         self._tell_status(reply_requested=True)
         self._tell_xmins()
@@ -105,14 +105,14 @@ class Receiver:
         Raises ProtocolViolation or InvalidWal for what should not have come.
         """
         message = parse_primary_message(data)
-        if self._begun is not None:
-            begun, self._begun = self._begun, None
-            begun()
         if isinstance(message, Keepalive):
             if message.reply_requested:
                 self._tell_status()
             return
         wal = self._incoming.take(message.data_start, message.data)
+        if self._begun is not None:
+            begun, self._begun = self._begun, None
+            begun()
         self._store.identity = self._incoming.identity
         self._store.append(self._compare(wal) if self._known else wal)
         if self._store.is_full:

@@ -185,7 +185,8 @@ class WalRelay:
             await self._rewind()
             await self._look()
         except (OSError, ValueError) as error:
-            self._tell(self._log.critical, f"{self._directory}: {error}")
+            what = getattr(error, "strerror", None) or error
+            self._tell(self._log.critical, f"{self._directory}: {what}")
 
     async def _look(self) -> None:
         """Find out what is in the directory.  If it was known, somebody may have put missing
