@@ -89,6 +89,20 @@ class ConnectionStrings(SynchronousTestCase):
         environment(self, PGHOST="a,b", PGPORT="1,2")
         self.assertEqual(hosts("user=repl"), [(None, None), ("b,a", "2,1")])
 
+    def test_a_service_file_is_looked_up_before_hosts_are_tried(self) -> None:
+        """In a name of its own or in the environment's; what the connection string says counts."""
+        path = Path(self.mktemp()).absolute()
+        path.write_text("[two]\nhost=h1,h2\nport=1,2\nconnect_timeout=3\nuser=bob\n")
+        for conninfo, service in (("service=two user=alice", {}), ("", {"PGSERVICE": "two"})):
+            environment(self, PGSERVICEFILE=str(path), **service)
+            made = [*map(conninfo_to_dict, replication_conninfos(conninfo))]
+            hosts = [(one["host"], one["port"]) for one in made]
+            self.assertEqual(hosts, [("h1,h2", "1,2"), ("h2,h1", "2,1")])
+            self.assertEqual({one["connect_timeout"] for one in made}, {"3"})
+            self.assertEqual("user" in made[0], "alice" in conninfo)
+            self.assertEqual(os.environ.get("PGSERVICE"), service.get("PGSERVICE"))
+        self.assertEqual(self.made("service=nope host=h3")["host"], "h3")
+
     def test_what_is_no_connection_string_is_said(self) -> None:
         for wrong, why in {
             "nonsense": 'missing "=" after "nonsense" in connection info string',

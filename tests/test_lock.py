@@ -79,6 +79,14 @@ def test_a_program_that_is_started_does_not_inherit_it(tmp_path: Path) -> None:
         DirectoryLock(tmp_path).release()
 
 
+def test_it_can_be_released_twice(tmp_path: Path) -> None:
+    lock = DirectoryLock(tmp_path)
+    lock.release()
+    with open(tmp_path / "file", "w") as file:  # whose descriptor may be that of the lock
+        lock.release()
+        file.write("still open")
+
+
 def test_a_directory_that_a_server_writes_to_is_refused(tmp_path: Path) -> None:
     (tmp_path / "archive_status").mkdir()
     refused(
