@@ -169,6 +169,12 @@ def test_the_first_wal_is_told_of(streams: _Streams) -> None:
     for _ in range(2):
         stream.come()
         assert stream.begun == ["begun"]
+    stream = streams()
+    stream.clock.advance(1)
+    assert stream.begun == []
+    stream.connection.deliver(keepalive(START))
+    stream.clock.advance(1)
+    assert stream.begun == ["begun"]
 
 
 def test_it_is_told_at_once_when_it_is_asked(streams: _Streams) -> None:

@@ -55,8 +55,8 @@ class Terms:
 class Receiver:
     """Receives WAL over ``connection`` into ``store``, as long as it streams.
 
-    ``begun`` is called when the first WAL has come: a server may still find that it has none from
-    there on when it has said that it would stream it.
+    ``begun`` is called when the first WAL has come, or the server has been there for a moment
+    though there is none: when it has said that it will stream, it may still find that it cannot.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class Receiver:
         begun: Callable[[], None],
     ) -> None:
         self._begun: Callable[[], None] | None = begun
+        self._is_alive = False
         self._connection = connection
         self._store = store
         self._incoming = incoming
@@ -106,13 +107,12 @@ class Receiver:
         """
         message = parse_primary_message(data)
         if isinstance(message, Keepalive):
+            self._is_alive = True
             if message.reply_requested:
                 self._tell_status()
             return
         wal = self._incoming.take(message.data_start, message.data)
-        if self._begun is not None:
-            begun, self._begun = self._begun, None
-            begun()
+        self._begin()
         self._store.identity = self._incoming.identity
         self._store.append(self._compare(wal) if self._known else wal)
         if self._store.is_full:
@@ -127,6 +127,11 @@ class Receiver:
             self._connection.resume()
 
     # --- within ----------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        if self._begun is not None:
+            begun, self._begun = self._begun, None
+            begun()
 
     def _compare(self, wal: memoryview) -> memoryview:
         """Compare what comes with what is here; what is new of it."""
@@ -178,6 +183,8 @@ class Receiver:
 
     def _tick(self) -> None:
         self._schedule()
+        if self._is_alive:
+            self._begin()
         now = self._clock.seconds()
         timeout = self._terms.timeout
         silence = now - self._heard_at
