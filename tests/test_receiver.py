@@ -19,11 +19,10 @@ from tests.wal_builder import PAGE, WalBuilder
 from walproto.errors import ProtocolViolation
 from walproto.lsn import format_lsn
 from walproto.timeline.history import History
-from walproto.timeline.holding import UNPROVEN
 from walproto.timeline.replicas import Replica, Replicas
 from walproto.upstream.connection import Answer
 from walproto.upstream.receiver import Receiver, Terms
-from walproto.upstream.store import RETRY
+from walproto.upstream.store import RETRY, UNPROVEN
 from walproto.wal.headers import InvalidWal
 from walproto.wal.incoming import IncomingWal
 from walproto.wire.replication import Feedback

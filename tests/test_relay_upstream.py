@@ -255,9 +255,10 @@ def test_records_are_damaged_on_their_way(primary: Primary, middleman: Middleman
     """No page shows it, but nothing from there on is acknowledged, or shown to clients; and it is
     fetched again, also when the relay is killed meanwhile."""
     setting = primary.relayed("records", middleman.conninfo)
+    setting.wait_flushed(primary.cluster.switch_wal())
     meddler = Meddler(with_records, middleman.acknowledged)
     middleman.meddle = meddler.meddle
-    setting.write(2 * SEGMENT, wait=False)
+    setting.write(SEGMENT // 2, wait=False)
     line = (
         "the WAL that came for .* does not go on from what is here, or was damaged on its way: "
         "(incorrect resource manager data checksum|record with incorrect prev-link|invalid record)"

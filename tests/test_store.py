@@ -21,8 +21,8 @@ from tests.test_watch import open_files
 from tests.upstream_fakes import Logged, Stored
 from tests.wal_builder import WalBuilder
 from walproto.lsn import segment_name
-from walproto.timeline.holding import UNPROVEN, examine
-from walproto.upstream.store import RETRY
+from walproto.timeline.holding import examine
+from walproto.upstream.store import RETRY, UNPROVEN
 from walproto.wal.writer import SyncError
 
 SIZE = 64 * 1024

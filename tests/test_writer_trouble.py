@@ -13,7 +13,7 @@ import pytest
 from tests.disk import DATA, SECOND, THIRD, Disk, expected_files, files, pieces
 from tests.test_segments import open_files
 from tests.wal_builder import MB
-from walproto.wal.writer import SegmentWriter, SyncError, set_aside_behind, store_history
+from walproto.wal.writer import SegmentWriter, SyncError, store_history
 
 
 @pytest.fixture
@@ -70,19 +70,6 @@ def test_a_segment_that_is_removed_meanwhile_is_not_on_disk(tmp_path: Path) -> N
     with pytest.raises(SyncError, match=f'file "{path}" was removed'):
         writer.sync()
     writer.close()
-
-
-def test_what_is_wrong_is_set_aside(tmp_path: Path) -> None:
-    kept = ["000000010000000000000003", "000000020000000000000005", "00000002.history"]
-    wrong = ["000000010000000000000004", "000000010000000000000005.partial"]
-    for name in [*kept, *wrong]:
-        (tmp_path / name).write_text(name)
-    for _ in range(2):
-        assert set_aside_behind(tmp_path, 1, 3 * MB + 100, MB) == wrong
-        names = sorted(path.name for path in tmp_path.iterdir())
-        assert names == sorted([*kept, *(f"{name}.aside" for name in wrong)])
-        for name in wrong:
-            (tmp_path / name).write_text(name)
 
 
 def test_a_directory_that_cannot_be_opened_is_tried_again(tmp_path: Path, disk: Disk) -> None:

@@ -198,6 +198,9 @@ class WalDirectory:
             self._received.walk(tail.history.tli, tail.position, "" if more else tail.reason)
         return more
 
+    def _is_received(self, tail: Tail) -> bool:
+        return self._received is not None and tail.history.tli == self._received.tli
+
     def _find_tail(self) -> Tail | None:
         """Look for WAL where there was none before."""
         try:
@@ -295,8 +298,7 @@ class WalDirectory:
         It takes two looks: when the next segment was begun, this one had been finished before, but
         perhaps only after we had looked at it.
         """
-        received = self._received
-        if received is not None and tail.history.tli == received.tli:
+        if self._is_received(tail):
             return False  # whoever receives it, is told where it stops, and fetches it again
         if not tail.goes_on_behind():
             self._stopped_at, self._damage = 0, None
@@ -323,6 +325,8 @@ class WalDirectory:
         """
         now = self._clock.seconds()
         if self._newer is not None or now - self._last_progress < PATIENCE:
+            return
+        if self._is_received(tail):
             return
         self._last_progress = now
         try:

@@ -25,10 +25,6 @@ from walproto.wal.pages import Identity
 from walproto.wal.segments import Segments
 from walproto.wal.writer import sync_directory, sync_file
 
-UNPROVEN = 4 * 1024 * 1024
-"""Bytes of WAL that may come before they are found right; so what was found wrong when a process
-was killed, is not further away from the end."""
-
 _STEP = 1 << 20
 
 
@@ -46,8 +42,6 @@ class Holding:
     it or all that can be relied on, or its end if it is whole."""
     path: Path
     """The newest segment's file."""
-    leaves_behind: bool = False
-    """Whether there are segments behind :attr:`end`, which do not go on from what is before it."""
 
     def joins(self, lsn: int) -> bool:
         """Whether there is all WAL from ``lsn`` to :attr:`end`, which is on disk then.  Raises
@@ -79,16 +73,10 @@ def examine(directory: Path) -> Holding | None:
     segments = Segments(directory, identity)
     try:
         size = identity.segment_size
-        tail = _walk(segments, identity, history, _first_unproven(segments, history, start, size))
-        if tail.position < start:
-            wrong = tail.position
-            tli = history.file_tli(wrong, size)
-            length = int.from_bytes(segments.read(tli, wrong, 4), "little")
-            if tail.is_found and tli == history.tli and wrong + length < start:
-                path = directory / segments.name(tli, wrong)
-                return Holding(identity, history, tail.end, wrong, path, leaves_behind=True)
-            # It is a record that goes on in the newest segment, and has lost a piece there.
+        tail = _walk(segments, identity, history, start - size)
+        if tail is None or tail.position < start:  # what is wrong before it, is another matter
             tail = _walk(segments, identity, history, start)
+        assert tail is not None
         begins_whole = tail.start < start or tail.begins_whole()
     finally:
         segments.close()
@@ -106,20 +94,10 @@ def examine(directory: Path) -> Holding | None:
     return Holding(identity, history, valid_to, end if is_whole else proven_to, there)
 
 
-def _first_unproven(segments: Segments, history: History, newest: int, size: int) -> int:
-    """The start of the first segment that may hold something which was not proven yet when the
-    segment at ``newest`` was written to, or of the one before, with which it has to go on."""
-    first = newest
-    for _ in range(-(-UNPROVEN // size) + 1):
-        before = first - size
-        if before < 0 or not segments.read(history.file_tli(before, size), before, 1):
-            break
-        first = before
-    return first
-
-
-def _walk(segments: Segments, identity: Identity, history: History, start: int) -> Tail:
-    """The end of the WAL from the segment at ``start`` on."""
+def _walk(segments: Segments, identity: Identity, history: History, start: int) -> Tail | None:
+    """The end of the WAL from the segment at ``start`` on, if there is that segment."""
+    if start < 0 or not segments.read(history.file_tli(start, identity.segment_size), start, 1):
+        return None
     tail = Tail(segments, identity, history, start)
     while tail.advance(_STEP):
         pass

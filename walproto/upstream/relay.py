@@ -23,7 +23,7 @@ from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from walproto.lsn import format_lsn
+from walproto.lsn import format_lsn, segment_name
 from walproto.timeline.directory import WalDirectory
 from walproto.timeline.holding import examine
 from walproto.timeline.received import Received
@@ -33,7 +33,7 @@ from walproto.upstream.fence import Fence
 from walproto.upstream.lock import DirectoryLock
 from walproto.upstream.store import Store
 from walproto.wal.segments import Stamp, stamp_of
-from walproto.wal.writer import SyncError, set_aside_behind
+from walproto.wal.writer import SyncError
 
 FIRST_WAIT, LONGEST_WAIT = 0.1, 10.0
 """Seconds between two tries to connect: at first, and after many in vain."""
@@ -122,7 +122,7 @@ class WalRelay:
         self._turn = 0
         self._said: set[str] = set()
         self._passing: set[str] = set()
-        self._shown = 0
+        self._shown = (0, 0)
         self._streams_since: float | None = None
         self._newest = self._directory
         self._seen: list[Stamp] = []
@@ -182,7 +182,7 @@ class WalRelay:
                 self.timeline.fence(lsn)
                 await self._threads.run(lambda: self._fence.put_up(lsn, str(refusal)))
                 self._fence_lsn = lsn
-            await self._rewind()
+            self._rewind()
             await self._look()
         except (OSError, ValueError) as error:
             what = getattr(error, "strerror", None) or error
@@ -205,9 +205,6 @@ class WalRelay:
         if holding.end > here and (
             self._store.identity is None or await self._threads.run(lambda: holding.joins(here))
         ):
-            if holding.leaves_behind:
-                size = holding.identity.segment_size
-                await self._set_aside_behind(holding.history.tli, holding.end, size)
             self._store.go_on_from(holding)
 
     async def _receive(self) -> None:
@@ -244,8 +241,9 @@ class WalRelay:
         self.timeline.fence(None)
 
     def _progressed(self) -> None:
-        if self._shown != self._store.flush_lsn:
-            self._shown = self._store.flush_lsn
+        shown = self._received.tli, self._received.synced_to
+        if self._store.flush_lsn and self._shown != shown:
+            self._shown = shown
             self.timeline.look()
         if self._conversation is not None:
             self._conversation.progressed()
@@ -255,40 +253,31 @@ class WalRelay:
         if self._conversation is None:
             return
         self._conversation.progressed()
-        stopped_at = self._received.stopped_at
-        if stopped_at is not None:
+        stopped_at, identity = self._received.stopped_at, self._store.identity
+        if stopped_at is not None and identity is not None and not self._store.cannot_write:
+            size = identity.segment_size
+            name = segment_name(self._store.tli, stopped_at // size, size)
             self._conversation.refuse(
                 Refusal(
                     f"the WAL that came for {format_lsn(stopped_at)} does not go on from what is "
-                    f"here, or was damaged on its way: {self._received.reason}: it is not "
-                    "acknowledged, and fetched again; if that does not help, the server was put "
-                    "back to an earlier state, and to follow it takes an empty directory"
+                    f"here, or was damaged on its way: {self._received.reason}: nothing from there "
+                    "on is acknowledged or served; if this does not end by itself, the server was "
+                    "put back to an earlier state (to follow it takes an empty directory), or the "
+                    f"segments from {name} on have to be moved elsewhere, with this walsender "
+                    "stopped, to be fetched again"
                 )
             )
 
-    async def _rewind(self) -> None:
-        """Go back to before the WAL that was wrong."""
-        lsn = self._received.stopped_at
-        identity = self._store.identity
+    def _rewind(self) -> None:
+        """Go back to before the WAL that was wrong, if that is in the segment that is written to:
+        those before have their names, and nothing in the directory is undone by us."""
+        lsn, identity = self._received.stopped_at, self._store.identity
         if lsn is None or identity is None:
             return
-        tli, size, proven = self._store.tli, identity.segment_size, self._store.proven_lsn
-        await self._set_aside_behind(tli, lsn, size)
-        self._store.begin(tli, lsn, size, synced_to=lsn, flush_lsn=min(proven, lsn))
-
-    async def _set_aside_behind(self, tli: int, lsn: int, segment_size: int) -> None:
-        """Have no segments behind that with ``lsn``, for they do not go on from it."""
-        names = await self._threads.run(
-            lambda: set_aside_behind(self._directory, tli, lsn, segment_size)
-        )
-        if names and not self._said & set(names):
-            self._said.update(names)
-            self._log.warn(
-                "{directory}: WAL is wrong at {lsn}: set aside what is behind it: {names}",
-                directory=str(self._directory),
-                lsn=format_lsn(lsn),
-                names=", ".join(names),
-            )
+        size, end = identity.segment_size, self._store.received_lsn
+        if end % size and lsn // size == end // size:
+            proven = min(self._store.proven_lsn, lsn)
+            self._store.begin(self._store.tli, lsn, size, synced_to=lsn, flush_lsn=proven)
 
     def _tell(self, log: Callable[..., None], text: str) -> None:
         """Tell the operator, once, what is wrong."""

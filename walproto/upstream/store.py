@@ -23,10 +23,13 @@ from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from walproto.timeline.holding import UNPROVEN, Holding
+from walproto.timeline.holding import Holding
 from walproto.timeline.received import Received
 from walproto.wal.pages import Identity
 from walproto.wal.writer import SegmentWriter
+
+UNPROVEN = 4 * 1024 * 1024
+"""Bytes that may wait to be written and proven before there is to be a pause."""
 
 RETRY = 1.0
 """Seconds between two tries to write."""

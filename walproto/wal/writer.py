@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from walproto.lsn import history_name, parse_segment_name, segment_name
+from walproto.lsn import history_name, segment_name
 from walproto.wal.segments import Stamp, stamp_of
 
 _MAX_BUFFERS = 512
@@ -147,20 +147,6 @@ class SegmentWriter:
 
 class SyncError(Exception):
     """The disk did not take what it was given, and nobody knows what of it is lost."""
-
-
-def set_aside_behind(directory: Path, tli: int, lsn: int, segment_size: int) -> list[str]:
-    """Give the segments of ``tli`` behind the one with ``lsn`` other names, which nobody takes for
-    segments: ``<name>.aside``.  Their names before.  Raises OSError or SyncError."""
-    behind = []
-    for entry in os.listdir(directory):
-        name = parse_segment_name(entry)
-        if name and name.tli == tli and name.segno(segment_size) > lsn // segment_size:
-            behind.append(entry)
-    for entry in sorted(behind, reverse=True):
-        os.replace(directory / entry, directory / f"{entry}.aside")
-    sync_directory(directory)
-    return sorted(behind)
 
 
 def store_history(directory: Path, tli: int, contents: bytes) -> None:
