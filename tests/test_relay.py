@@ -152,7 +152,7 @@ def test_a_standby_as_the_upstream(source: Source) -> None:
     primary.pgbench("-n", "-t", "500")
     relay = source.relay("of-primary", primary.conninfo, "--upstream-slot", "reserved")
     # Where the slot says, not where the primary is by now.
-    assert f"timeline 1 from {segment_start(start)}\n" in relay.output
+    assert f"timeline 1 from {segment_start(start)}\n" in f"{relay.output}\n"
     middle = copy.make_standby(relay.conninfo).start()
     middle.wait_until(STREAMING)
     of_standby = source.relay("of-standby", middle.conninfo)
