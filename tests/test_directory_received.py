@@ -10,7 +10,7 @@ import random
 
 from tests.test_directory import InMemory, built
 from tests.wal_builder import MB, PAGE, WalBuilder
-from walproto.errors import CannotConnectNow, DataCorrupted
+from walproto.errors import CannotConnectNow, DataCorrupted, InternalError
 from walproto.lsn import format_lsn
 from walproto.timeline import received as received_module
 from walproto.timeline.directory import PATIENCE, WalDirectory
@@ -275,8 +275,10 @@ class Fenced(Receiving):
         self.directory.require_ready()
         self.assertEqual(self.directory.commit_lsn, self.fence_lsn)
         self.assertEqual(self.directory.end_of(1), self.fence_lsn)
-        for lsn in (self.fence_lsn, self.fence_lsn + 5000, self.wal.lsn):
-            self.assertEqual(self.directory.sendable_to(1, lsn), self.fence_lsn)
+        self.assertEqual(self.directory.sendable_to(1, self.fence_lsn), self.fence_lsn)
+        for lsn in (self.fence_lsn + 1, self.fence_lsn + 5000, self.wal.lsn):
+            with self.assertRaisesRegex(InternalError, "is ahead of the WAL flush position"):
+                self.directory.sendable_to(1, lsn)
         start = self.fence_lsn - 5000
         self.assertEqual(self.directory.sendable_to(1, start), self.fence_lsn)
         self.assert_same(start, self.fence_lsn)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.crowd import Client, Crowd, Flooding, Silent, Slow, Wal
-from tests.demo import contents
+from tests.demo_report import contents
 from tests.postgres import (
     Cluster,
     ReceiveWal,
@@ -63,7 +63,8 @@ def test_nobody_is_held_up_by_anybody(space: Workspace, capsys: pytest.CaptureFi
     installation = installations()[0]
     primary = space.cluster(installation, "primary").init(wal_segsize_mb=1).start()
     primary.pgbench("-i", "-s", "1")
-    sender = space.add(WalSender(primary.wal_dir, "--wal-sender-timeout", f"{TIMEOUT}s"))
+    options = ("--wal-sender-timeout", f"{TIMEOUT}s", "--max-wal-senders", "300")
+    sender = space.add(WalSender(primary.wal_dir, *options))
     sender.ready()
     standby = streaming_standby(space, primary, sender)
     archive = space.directory("archive")

@@ -4,6 +4,8 @@ and any bytes at all."""
 from __future__ import annotations
 
 import struct
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from hypothesis import given, settings
@@ -30,10 +32,13 @@ from tests.fakes import (
     status,
     told,
 )
+from tests.upstream_fakes import HeldThreads
 from walproto.errors import UndefinedFile
 from walproto.lsn import format_lsn
 from walproto.server.protocol import LINGER
+from walproto.timeline import slots as slots_module
 from walproto.timeline.replicas import Replica
+from walproto.timeline.slots import Slots
 from walproto.wire.messages import FRONTEND
 from walproto.wire.replication import Feedback
 
@@ -433,6 +438,22 @@ class Defects(SynchronousTestCase):
         self.assertEqual(len(self.flushLoggedErrors(AttributeError)), 1)
         self.assertEqual(list(timeline.replicas), [])
 
+    def test_so_does_one_that_is_waited_for(self) -> None:
+        def write_slots(directory: Path, states: object) -> None:
+            raise RuntimeError("a defect")
+
+        clock, threads = Clock(), HeldThreads()
+        self.patch(slots_module, "write_slots", write_slots)
+        with tempfile.TemporaryDirectory(prefix="walproto-") as directory:
+            slots = Slots(Path(directory), threads)
+            client = Client(server(MemoryTimeline(), clock, slots=slots), clock)
+            client.start_up()
+            client.send(query("CREATE_REPLICATION_SLOT s PHYSICAL"))
+            threads.work()
+        self.assertEqual(client.hear(), ["FATAL XX000: internal error in the WAL sender", "EOF"])
+        self.assertEqual(len(self.flushLoggedErrors(RuntimeError)), 1)
+        self.assertEqual(len(slots), 0)
+
     def test_so_does_one_while_wal_is_read_and_the_others_go_on(self) -> None:
         clock, timeline = Clock(), MemoryTimeline(2 * PAGE)
         factory = server(timeline, clock)
@@ -475,6 +496,9 @@ FRAGMENTS = st.one_of(
                     *(b"\0", b"SHOW all\0", b"IDENTIFY_SYSTEM\0", b"START_REPLICATION 0/300000\0"),
                     *(b"START_REPLICATION 0/0\0", b"TIMELINE_HISTORY 1\0", b"r" + bytes(33)),
                     *(b"r" + b"\xff" * 33, b"h" + bytes(24), b"r", b"z", b"BASE_BACKUP\0"),
+                    *(b"CREATE_REPLICATION_SLOT s PHYSICAL\0", b"DROP_REPLICATION_SLOT s WAIT\0"),
+                    *(b"CREATE_REPLICATION_SLOT s TEMPORARY PHYSICAL RESERVE_WAL\0",),
+                    *(b"START_REPLICATION SLOT s 0/300000\0", b"ALTER_REPLICATION_SLOT s (a)\0"),
                 ]
             ),
         ),
@@ -498,25 +522,35 @@ READS = st.lists(st.lists(FRAGMENTS, max_size=5).map(b"".join), max_size=8)
 
 class AnyBytes(SynchronousTestCase):
     def go_through(self, before: list[bytes], reads: list[bytes]) -> None:
-        clock, timeline = Clock(), MemoryTimeline()
-        factory = server(timeline, clock)
+        with tempfile.TemporaryDirectory(prefix="walproto-") as directory:
+            self.go_through_with(Path(directory), before, reads)
+
+    def go_through_with(self, directory: Path, before: list[bytes], reads: list[bytes]) -> None:
+        clock, timeline, threads = Clock(), MemoryTimeline(), HeldThreads()
+        slots = Slots(directory, threads)
+        factory = server(timeline, clock, slots=slots)
         client = Client(factory, clock)
         with capturedLogs() as logged:
             for data in before:
                 client.send(data)
+                threads.work_all()
             largest = max(map(len, reads), default=0)
-            for data in reads:
+            for number, data in enumerate(reads):
                 client.transport.deliver(data)
                 clock.advance(0)
+                if number % 2:
+                    threads.work_all()
+                    clock.advance(0)
                 framing = client.protocol._session.framing
                 limit = max(message.limit for message in FRONTEND.values())
-                self.assertLessEqual(len(framing), limit + 1 + largest)
+                self.assertLessEqual(len(framing), limit + 1 + 2 * largest)
                 if client.transport.disconnecting:
                     self.assertEqual(len(framing), 0)
             clock.advance(0)
             was_connected = client.transport.is_connected
             client.transport.drop()
             clock.advance(0)
+            threads.work_all()
         self.assertEqual([e for e in logged if e["log_level"] >= LogLevel.error], [])
         self.assertEqual(self.flushLoggedErrors(), [])
         lines = told(bytes(client.transport.arrived))
@@ -530,6 +564,7 @@ class AnyBytes(SynchronousTestCase):
         self.assertEqual(list(timeline.replicas), [])
         self.assertEqual(timeline.observers, set())
         self.assertEqual(clock.getDelayedCalls(), [])
+        self.assertEqual([slot for slot in slots if slot.holder or slot.is_temporary], [])
 
     @settings(max_examples=150, deadline=None)
     @given(READS)
@@ -545,6 +580,13 @@ class AnyBytes(SynchronousTestCase):
     @given(READS)
     def test_while_streaming(self, reads: list[bytes]) -> None:
         self.go_through([startup(), query(f"START_REPLICATION 0/{START:X}")], reads)
+
+    @settings(max_examples=100, deadline=None)
+    @given(READS)
+    def test_while_streaming_with_a_slot(self, reads: list[bytes]) -> None:
+        create = query("CREATE_REPLICATION_SLOT s PHYSICAL")
+        start = query(f"START_REPLICATION SLOT s 0/{START:X}")
+        self.go_through([startup(), create, start], reads)
 
     def test_a_large_message_in_small_reads_is_kept_within_its_limit(self) -> None:
         clock = Clock()

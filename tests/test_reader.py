@@ -74,6 +74,55 @@ class Turns(SynchronousTestCase):
         self.reader.go_on()
         self.assertEqual((self.dealt, self.source.calls), ([3], ["pause", "resume"]))
 
+    def test_while_it_is_held_it_reads_once_more_and_deals_with_nothing(self) -> None:
+        self.waiting = 1
+        self.reader.hold()
+        self.assertEqual(self.source.calls, [])
+        for _ in range(3):
+            self.waiting += 1
+            self.reader.go_on()
+            self.clock.advance(0)
+        self.assertEqual((self.dealt, self.source.calls), ([], ["pause"]))
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+        self.reader.let_go()
+        self.assertEqual(self.dealt, [])
+        self.clock.advance(0)
+        self.assertEqual((self.dealt, self.source.calls), ([4], ["pause", "resume"]))
+
+    def test_it_may_be_let_go_while_answers_are_not_taken(self) -> None:
+        self.reader.hold()
+        self.waiting = 3
+        self.reader.go_on()
+        self.reader.pauseProducing()
+        self.reader.let_go()
+        self.clock.advance(0)
+        self.assertEqual((self.dealt, self.source.calls), ([], ["pause"]))
+        self.reader.resumeProducing()
+        self.assertEqual((self.dealt, self.source.calls), ([3], ["pause", "resume"]))
+
+    def test_answers_may_be_taken_while_it_is_held(self) -> None:
+        self.reader.pauseProducing()
+        self.reader.hold()
+        self.waiting = 3
+        self.reader.resumeProducing()
+        self.assertEqual((self.dealt, self.source.calls), ([], ["pause", "resume"]))
+        self.reader.let_go()
+        self.clock.advance(0)
+        self.assertEqual(self.dealt, [3])
+
+    def test_it_may_be_held_again_before_it_has_gone_on(self) -> None:
+        self.reader.hold()
+        self.reader.let_go()
+        self.reader.hold()
+        self.waiting = 3
+        self.clock.advance(0)
+        self.assertEqual(self.dealt, [])
+        self.reader.let_go()
+        self.reader.stop()
+        self.clock.advance(0)
+        self.assertEqual(self.dealt, [])
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
     def test_once_stopped_nothing_is_dealt_with(self) -> None:
         self.waiting = 2 * TURN
         self.reader.go_on()

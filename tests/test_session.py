@@ -7,7 +7,9 @@ to it, too: no connection is left without an answer to what comes next.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
@@ -30,12 +32,15 @@ from tests.fakes import (
     startup,
     status,
 )
+from tests.upstream_fakes import HeldThreads
 from walproto.errors import InvalidAuthorizationSpecification, UndefinedFile
 from walproto.lsn import format_lsn
 from walproto.server import session as session_module
 from walproto.server.authentication import Exchange, IAuthenticator
 from walproto.server.events import Events
 from walproto.server.startup import Startup
+from walproto.timeline.slot_file import NAME
+from walproto.timeline.slots import Slots
 from walproto.wire.messages import FRONTEND
 
 END = START + 4 * PAGE
@@ -87,10 +92,17 @@ MALFORMED = {
     "length 2**32 - 1": b"Q\xff\xff\xff\xff",
 }
 EVENTS = (
-    *("cancellation", "an hour goes by", "shutdown", "connection lost"),
+    *("cancellation", "an hour goes by", "shutdown", "termination", "connection lost"),
     *("timeline switch", "WAL that is gone"),
 )
 
+CREATE = query("CREATE_REPLICATION_SLOT s PHYSICAL")
+CREATED = [
+    "T slot_name:25(-1) consistent_point:25(-1) snapshot_name:25(-1) output_plugin:25(-1)",
+    "D s 0/0 NULL NULL",
+    "C CREATE_REPLICATION_SLOT",
+    "Z I",
+]
 SHOWN = ["T block_size:25(-1)", "D 8192", "C SHOW", "Z I"]
 READY = ["Z I"]
 COPIED = ["C START_STREAMING", "C START_REPLICATION", "Z I"]
@@ -145,6 +157,7 @@ TABLE: dict[str, dict[str, Outcome]] = {
         "cancellation": ([], "starting"),
         "an hour goes by": (["EOF"], "closed"),
         "shutdown": (SHUTTING_DOWN, "closed"),
+        "termination": (ADMIN_SHUTDOWN, "closed"),
         "connection lost": (["EOF"], "closed"),
         "timeline switch": ([], "starting"),
         "WAL that is gone": ([], "starting"),
@@ -160,6 +173,7 @@ TABLE: dict[str, dict[str, Outcome]] = {
         "cancellation": ([], "authenticating"),
         "an hour goes by": (["EOF"], "closed"),
         "shutdown": (SHUTTING_DOWN, "closed"),
+        "termination": (ADMIN_SHUTDOWN, "closed"),
         "connection lost": (["EOF"], "closed"),
         "timeline switch": ([], "authenticating"),
         "WAL that is gone": ([], "authenticating"),
@@ -188,9 +202,23 @@ TABLE: dict[str, dict[str, Outcome]] = {
         "cancellation": ([], "idle"),
         "an hour goes by": ([], "idle"),
         "shutdown": (ADMIN_SHUTDOWN, "closed"),
+        "termination": (ADMIN_SHUTDOWN, "closed"),
         "connection lost": (["EOF"], "closed"),
         "timeline switch": ([], "idle"),
         "WAL that is gone": ([], "idle"),
+    },
+    "waiting": {
+        **in_all([*MESSAGES, *MALFORMED], ([], "waiting")),
+        "cancellation": (
+            ["ERROR 57014: canceling statement due to user request", *READY],
+            "idle",
+        ),
+        "an hour goes by": ([], "waiting"),
+        "shutdown": (ADMIN_SHUTDOWN, "closed"),
+        "termination": (ADMIN_SHUTDOWN, "closed"),
+        "connection lost": (["EOF"], "closed"),
+        "timeline switch": ([], "waiting"),
+        "WAL that is gone": ([], "waiting"),
     },
     "skipping": {
         **in_all([*MESSAGES, *MALFORMED], ([], "skipping")),
@@ -202,6 +230,7 @@ TABLE: dict[str, dict[str, Outcome]] = {
         "cancellation": ([], "skipping"),
         "an hour goes by": ([], "skipping"),
         "shutdown": (ADMIN_SHUTDOWN, "closed"),
+        "termination": (ADMIN_SHUTDOWN, "closed"),
         "connection lost": (["EOF"], "closed"),
         "timeline switch": ([], "skipping"),
         "WAL that is gone": ([], "skipping"),
@@ -227,6 +256,7 @@ TABLE: dict[str, dict[str, Outcome]] = {
         ),
         "an hour goes by": (["EOF"], "closed"),
         "shutdown": ([f"k {AT_END} reply=1"], "stopping"),
+        "termination": (ADMIN_SHUTDOWN, "closed"),
         "connection lost": (["EOF"], "closed"),
         "timeline switch": (["c"], "stream_ended"),
         "WAL that is gone": ([f"ERROR {GONE}", *READY], "idle"),
@@ -252,6 +282,7 @@ TABLE: dict[str, dict[str, Outcome]] = {
         ),
         "an hour goes by": (["EOF"], "closed"),
         "shutdown": (ADMIN_SHUTDOWN, "closed"),
+        "termination": (ADMIN_SHUTDOWN, "closed"),
         "connection lost": (["EOF"], "closed"),
         "timeline switch": ([], "stream_ended"),
         "WAL that is gone": ([], "stream_ended"),
@@ -274,6 +305,7 @@ TABLE: dict[str, dict[str, Outcome]] = {
         "cancellation": (ADMIN_SHUTDOWN, "closed"),
         "an hour goes by": (["EOF"], "closed"),
         "shutdown": ([], "stopping"),
+        "termination": (ADMIN_SHUTDOWN, "closed"),
         "connection lost": (["EOF"], "closed"),
         "timeline switch": (["C COPY 0", "EOF"], "closed"),
         "WAL that is gone": ([f"ERROR {GONE}", "EOF"], "closed"),
@@ -288,10 +320,19 @@ TABLE: dict[str, dict[str, Outcome]] = {
 
 class EveryState(SynchronousTestCase):
     def setUp(self) -> None:
+        directory = tempfile.TemporaryDirectory(prefix="walproto-")
+        self.addCleanup(directory.cleanup)
+        self.path = Path(directory.name)
+        self.begin()
+
+    def begin(self) -> None:
+        self.path.joinpath(NAME).unlink(missing_ok=True)
         self.clock = Clock()
         self.timeline = MemoryTimeline(8 * PAGE)
         self.timeline.commit_lsn = END
-        self.factory = server(self.timeline, self.clock)
+        self.threads = HeldThreads()
+        slots = Slots(self.path, self.threads)
+        self.factory = server(self.timeline, self.clock, slots=slots)
 
     # --- the states ------------------------------------------------------------------------
 
@@ -307,6 +348,11 @@ class EveryState(SynchronousTestCase):
     def in_idle(self) -> Client:
         client = Client(self.factory, self.clock)
         self.assertEqual(client.start_up(), ["GREETING"])
+        return client
+
+    def in_waiting(self) -> Client:
+        client = self.in_idle()
+        self.assertEqual(client.send(CREATE), [])
         return client
 
     def in_skipping(self) -> Client:
@@ -353,6 +399,14 @@ class EveryState(SynchronousTestCase):
         self.assertEqual(list(self.timeline.replicas), [])
         self.assertEqual(self.timeline.observers, set())
         self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def is_waiting(self, client: Client) -> None:
+        """What was said meanwhile is dealt with when that is over, as if it were said then."""
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+        self.threads.work()
+        heard, after = TABLE["idle"][self.happened]
+        self.assertEqual(client.hear(), CREATED + heard)
+        getattr(self, f"is_{after}")(client)
 
     def is_skipping(self, client: Client) -> None:
         self.assertEqual(client.send(MESSAGES["Query"]), [])
@@ -407,6 +461,9 @@ class EveryState(SynchronousTestCase):
             case "shutdown":
                 client.protocol.shut_down()
                 return client.hear()
+            case "termination":
+                client.protocol.terminate()
+                return client.hear()
             case "connection lost":
                 client.transport.drop()
                 return client.hear()
@@ -424,7 +481,8 @@ class EveryState(SynchronousTestCase):
 
     def go_through(self, state: str) -> None:
         for what, (heard, after) in TABLE[state].items():
-            self.setUp()
+            self.begin()
+            self.happened = what
             client = getattr(self, f"in_{state}")()
             self.assertEqual(self.happen(client, what), heard, f"{state}: {what}")
             try:
@@ -441,6 +499,9 @@ class EveryState(SynchronousTestCase):
 
     def test_idle(self) -> None:
         self.go_through("idle")
+
+    def test_waiting(self) -> None:
+        self.go_through("waiting")
 
     def test_skipping(self) -> None:
         self.go_through("skipping")
@@ -566,11 +627,16 @@ IMPOSSIBLE: dict[str, set[str]] = {
     "cancel_requested": set(TABLE) - {"starting"},
     "startup_received": set(TABLE) - {"starting"},
     "authenticated": set(TABLE) - {"authenticating", "closed"},
+    "waiting_began": set(TABLE) - {"idle"},
+    "wait_over": set(TABLE) - {"waiting"},
+    "failed": {"waiting"},
     "streaming_started": set(TABLE) - {"idle"},
-    "timeline_ended": {"starting", "authenticating", "idle", "skipping", "stream_ended"},
+    "timeline_ended": {
+        *("starting", "authenticating", "idle", "waiting", "skipping", "stream_ended")
+    },
     "replica_confirmed": set(TABLE) - {"stopping", "closed"},
     **{
-        event: {"starting"}
+        event: {"starting", "waiting"}
         for event in (
             *("query", "sync", "flush", "copy_data", "copy_done", "copy_fail", "terminate"),
             *("password", "extended_query", "function_call"),

@@ -6,25 +6,30 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from walproto.errors import InvalidParameterValue, ReportedError, UndefinedObject
+from walproto.errors import (
+    CantChangeRuntimeParam,
+    InvalidParameterValue,
+    ReportedError,
+    UndefinedObject,
+)
 from walproto.server.settings import (
     Settings,
     format_milliseconds,
-    format_segment_size,
+    format_size,
     parse_milliseconds,
 )
 
 MAJORS = range(13, 19)
 
 
-def settings(major: int = 18) -> Settings:
+def settings(major: int = 18, **more: str) -> Settings:
     server = {
         "server_version": f"{major}.6",
         "server_version_num": f"{major}0006",
         "session_authorization": "postgres",
         "wal_segment_size": "16MB",
     }
-    return Settings(major, server, 60.0)
+    return Settings(major, server | more, 60.0)
 
 
 def refusal(name: str, value: str, major: int = 18) -> tuple[str, str, str | None, str | None]:
@@ -58,6 +63,9 @@ def with_options(options: str) -> Settings:
         ("data_directory_mode", ("data_directory_mode", "0700")),
         ("wal_sender_timeout", ("wal_sender_timeout", "1min")),
         ("max_replication_slots", ("max_replication_slots", "0")),
+        ("max_wal_senders", ("max_wal_senders", "10")),
+        ("wal_keep_size", ("wal_keep_size", "0")),
+        ("max_slot_wal_keep_size", ("max_slot_wal_keep_size", "-1")),
         ("wal_level", ("wal_level", "replica")),
         ("block_size", ("block_size", "8192")),
         ("wal_block_size", ("wal_block_size", "8192")),
@@ -86,6 +94,19 @@ def with_options(options: str) -> Settings:
 )
 def test_show_says_what_a_server_says(name: str, expected: tuple[str, str]) -> None:
     assert settings().show(name) == expected
+
+
+def test_a_server_has_its_own_of_what_a_client_may_not_set() -> None:
+    made = settings(max_wal_senders="3", wal_keep_size="64MB")
+    assert made.show("max_wal_senders")[1] == "3"
+    assert made.show("wal_keep_size")[1] == "64MB"
+    for name, when in (
+        ("max_wal_senders", "without restarting the server"),
+        ("wal_keep_size", "now"),
+    ):
+        with pytest.raises(CantChangeRuntimeParam) as caught:
+            made.set(name, "5")
+        assert caught.value.message == f'parameter "{name}" cannot be changed {when}'
 
 
 @pytest.mark.parametrize("name", ["nosuch", "", "a.b", "a.b.c", "work_mem.x", "system_identifier"])
@@ -222,7 +243,12 @@ def test_a_parameter_of_an_extension_is_taken_and_forgotten() -> None:
                     None,
                 ),
             )
-            for name in ("wal_level", "max_replication_slots", "hot_standby")
+            for name in ("wal_level", "max_replication_slots", "max_wal_senders", "hot_standby")
+        ),
+        *(
+            (name, value, ("55P02", f'parameter "{name}" cannot be changed now', None, None))
+            for name in ("wal_keep_size", "max_slot_wal_keep_size")
+            for value in ("1GB", "bogus")
         ),
     ],
 )
@@ -320,9 +346,12 @@ def test_any_text_is_a_time_or_refused(text: str) -> None:
     assert parse_milliseconds("x", shown) == milliseconds
 
 
-def test_sizes_are_shown_in_mb_or_gb() -> None:
-    sizes = [format_segment_size(1 << power) for power in range(20, 31)]
+def test_sizes_are_shown_in_units_from_mb_on() -> None:
+    sizes = [format_size(1 << power) for power in range(20, 31)]
     assert sizes == [*(f"{1 << power}MB" for power in range(10)), "1GB"]
+    megabytes = {0: "0", 1023: "1023MB", 1536: "1536MB", 3 << 10: "3GB", 1 << 20: "1TB"}
+    assert {size: format_size(size << 20) for size in megabytes} == megabytes
+    assert format_size(None) == "-1"
 
 
 @pytest.mark.parametrize(

@@ -397,6 +397,7 @@ class Cancelling(Conversation):
         self.assertEqual(victim.start_up(), ["GREETING"])
 
     def test_no_two_keys_are_alike(self) -> None:
+        self.factories[18] = server(self.timeline, self.clock, max_wal_senders=20)
         keys = set()
         for _ in range(20):
             client = self.client()

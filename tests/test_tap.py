@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.postgres import Process, free_port, installations, workspace
-from walproto.tap import Options
+from tests.wal_builder import MB
+from walproto.tap import Options, _make_relay
+from walproto.timeline.slot_file import SlotState, write_slots
+from walproto.timeline.slots import SlotOptions
 
 PROJECT = Path(__file__).parent.parent
 TWIST = [sys.executable, "-m", "twisted", "--log-format=text", "walsender"]
@@ -98,6 +101,11 @@ def test_options_that_need_an_upstream(tmp_path: Path) -> None:
         ("--upstream-start", "0/1000000"),
         ("--upstream-create-slot",),
         ("--hot-standby-feedback",),
+        ("--wal-keep-size", "1GB"),
+        ("--wal-keep-size", "0"),
+        ("--wal-keep-size", "-1"),
+        ("--max-slot-wal-keep-size", "0"),
+        ("--max-replication-slots", "0"),
     ):
         assert refused(*good, *option) == f"{option[0]} means nothing without --upstream"
 
@@ -117,6 +125,112 @@ def test_options_of_the_upstream_that_are_wrong(tmp_path: Path) -> None:
         '--wal-receiver-timeout: invalid value for parameter "wal_receiver_timeout": "soon"'
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def taken(directory: Path, *arguments: str) -> Options:
+    """The options of a relay, as they are taken."""
+    options = Options()
+    options.parseOptions(["--wal-dir", str(directory), "--upstream", "", *arguments])
+    return options
+
+
+SIZES = {
+    "0": 0,
+    "64": 64 * MB,
+    "64MB": 64 * MB,
+    " 2 GB ": 2048 * MB,
+    "0.5TB": 2**39,
+    "10240kB": 10 * MB,
+    "1048576B": MB,
+    "0x10": 16 * MB,
+    "1.5": 2 * MB,
+    "1023kB": MB,
+    "2147483647": (2**31 - 1) * MB,
+    "-1": None,
+}
+"""Of a setting whose unit is MB, in bytes; what is no whole number of those is rounded."""
+
+
+@pytest.mark.parametrize("option", ["wal-keep-size", "max-slot-wal-keep-size"])
+def test_sizes(tmp_path: Path, option: str) -> None:
+    assert taken(tmp_path)[option] is None
+    for text, size in SIZES.items():
+        assert taken(tmp_path, f"--{option}={text}")[option] == size, text
+    name = option.replace("-", "_")
+    for text in ("", "much", "1 mb", "1MiB", "1GBs", "12 12", "1e", "GB", "--5"):
+        told = refused("--wal-dir", tmp_path, "--upstream", "", f"--{option}={text}")
+        assert told.startswith(f'--{option}: invalid value for parameter "{name}": "{text}"')
+    units = 'Valid units for this parameter are "B", "kB", "MB", "GB", and "TB".'
+    for text, problem in {
+        "1m": f'invalid value for parameter "{name}": "1m" ({units})',
+        "-2": f'-2 MB is outside the valid range for parameter "{name}" (-1 MB .. 2147483647 MB)',
+        "2147483648": f'invalid value for parameter "{name}": "2147483648" (Value exceeds integer '
+        "range.)",
+    }.items():
+        told = refused("--wal-dir", tmp_path, "--upstream", "", f"--{option}={text}")
+        assert told == f"--{option}: {problem}"
+
+
+def test_counts(tmp_path: Path) -> None:
+    assert taken(tmp_path)["max-wal-senders"] == 10
+    for option in ("max-wal-senders", "max-replication-slots"):
+        for text, count in {"0": 0, "7": 7, "0500": 500, "262143": 262143}.items():
+            assert taken(tmp_path, f"--{option}={text}")[option] == count
+        for text in (
+            "",
+            "-1",
+            "+1",
+            "ten",
+            "262144",
+            "1000000",
+            "1.0",
+            "0x1",
+            " 1",
+            "1\n",
+            "\u0661",
+        ):
+            told = refused("--wal-dir", tmp_path, "--upstream", "", f"--{option}={text}")
+            name = option.replace("-", "_")
+            assert told == f'--{option}: invalid value for parameter "{name}": "{text}"'
+
+
+def test_how_many_clients_there_may_be_can_be_said_of_any_directory(tmp_path: Path) -> None:
+    options = Options()
+    options.parseOptions(["--wal-dir", str(tmp_path), "--max-wal-senders", "0"])
+    assert options["max-wal-senders"] == 0
+
+
+def test_what_is_said_of_slots_and_sizes_holds(tmp_path: Path) -> None:
+    """Also if it is nothing, and PostgreSQL's defaults if nothing is said."""
+    relay = _make_relay(taken(tmp_path), None)
+    assert relay is not None
+    assert relay.slots.options == SlotOptions(10, None, None)
+    arguments = ("--max-replication-slots=0", "--wal-keep-size=0", "--max-slot-wal-keep-size=0")
+    other = tmp_path / "other"
+    other.mkdir()
+    relay = _make_relay(taken(other, *arguments), None)
+    assert relay is not None
+    assert relay.slots.options == SlotOptions(0, 0, 0)
+
+
+def test_slots_that_are_not_to_be_had(tmp_path: Path) -> None:
+    """Nothing is received or served without the slots that were promised."""
+    path = tmp_path / "walproto.slots"
+    relay = ("--wal-dir", tmp_path, "--upstream", "host=127.0.0.1")
+    write_slots(tmp_path, [SlotState(f"s{number}", 0) for number in range(12)])
+    assert refusal(*relay) == (
+        f"--upstream: there are 12 replication slots in {path}, and max_replication_slots is 10: "
+        "increase it"
+    )
+    assert refusal(*relay, "--max-replication-slots=0").endswith("is 0: increase it")
+    path.unlink()
+    path.mkdir()
+    assert refusal(*relay) == f"--upstream: {path}: Is a directory"
+    path.rmdir()
+    path.write_bytes(b"damaged")
+    (tmp_path / "walproto.slots.damaged").mkdir()
+    assert refusal(*relay).startswith(f"--upstream: {path}.damaged")
+    assert path.read_bytes() == b"damaged"
 
 
 def test_connection_strings_that_are_wrong(tmp_path: Path) -> None:

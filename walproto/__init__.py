@@ -17,6 +17,9 @@ producer, bytes.  A module imports only from those above it in this list:
 - :mod:`walproto.wal.writer`: the files, written
 - :mod:`walproto.timeline.history`: which timeline follows which
 - :mod:`walproto.timeline.replicas`: who streams, and how far they are
+- :mod:`walproto.timeline.threads`: where the waiting for a disk is done
+- :mod:`walproto.timeline.slot_file`: replication slots, as they lie on disk
+- :mod:`walproto.timeline.slots`: replication slots, and who uses them
 - :mod:`walproto.timeline.interfaces`: what a session needs of a timeline
 - :mod:`walproto.timeline.survey`: a first look at a directory
 - :mod:`walproto.timeline.tail`: the end of WAL, followed
@@ -26,10 +29,13 @@ producer, bytes.  A module imports only from those above it in this list:
 - :mod:`walproto.timeline.holding`: where receiving is to go on
 - :mod:`walproto.timeline.watch`: tells when a directory changes
 - :mod:`walproto.timeline.directory`: a timeline that lives in a directory
+- :mod:`walproto.timeline.retention`: which WAL is kept, and the removal of the rest
 - :mod:`walproto.server.settings`: configuration parameters
 - :mod:`walproto.server.startup`: how a connection begins
 - :mod:`walproto.server.authentication`: who may connect
 - :mod:`walproto.server.configuration`: what is served, and how
+- :mod:`walproto.server.results`: what answers are made of
+- :mod:`walproto.server.slot_commands`: what a session does with replication slots
 - :mod:`walproto.server.answers`: what commands are answered
 - :mod:`walproto.server.events`: what a session deals with
 - :mod:`walproto.server.outputs`: what a session does

@@ -68,8 +68,28 @@ class CommandSyntaxError(ReportedError):
     sqlstate = "42601"
 
 
+class InvalidName(ReportedError):
+    sqlstate = "42602"
+
+
+class NameTooLong(ReportedError):
+    sqlstate = "42622"
+
+
 class UndefinedObject(ReportedError):
     sqlstate = "42704"
+
+
+class DuplicateObject(ReportedError):
+    sqlstate = "42710"
+
+
+class DiskFull(ReportedError):
+    sqlstate = "53100"
+
+
+class TooManyConnections(ReportedError):
+    sqlstate = "53300"
 
 
 class ConfigurationLimitExceeded(ReportedError):
@@ -78,6 +98,10 @@ class ConfigurationLimitExceeded(ReportedError):
 
 class ObjectNotInPrerequisiteState(ReportedError):
     sqlstate = "55000"
+
+
+class ObjectInUse(ReportedError):
+    sqlstate = "55006"
 
 
 class CantChangeRuntimeParam(ReportedError):

@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -29,8 +29,9 @@ from walproto.errors import InvalidParameterValue
 from walproto.lsn import parse_lsn
 from walproto.server.configuration import parse_version
 from walproto.server.protocol import WalSenderFactory
-from walproto.server.settings import parse_milliseconds
+from walproto.server.settings import parse_megabytes, parse_milliseconds
 from walproto.timeline.directory import WalDirectory
+from walproto.timeline.slots import SlotOptions
 from walproto.upstream.relay import WalRelay
 from walproto.wal.writer import SyncError
 
@@ -39,10 +40,32 @@ DEFAULT_ENDPOINT = "tcp:5433:interface=127.0.0.1"
 
 def _time(name: str, text: str) -> float:
     """Seconds that a time such as ``60s`` or ``1min`` stands for."""
-    try:
-        return parse_milliseconds(name, text) / 1000
-    except InvalidParameterValue as error:
-        raise ValueError(error.message + (f" ({error.hint})" if error.hint else "")) from None
+    return parse_milliseconds(name, text) / 1000
+
+
+def _size(name: str, text: str) -> int | None:
+    """Bytes that a size such as ``64MB`` or ``64`` stands for; None for ``-1``, any size."""
+    megabytes = parse_megabytes(name, text, -1)
+    return None if megabytes == -1 else megabytes << 20
+
+
+def _count(name: str, text: str) -> int:
+    """A number from 0 to 262143, which is MAX_BACKENDS."""
+    if not re.fullmatch("[0-9]{1,6}", text) or int(text) > 262143:
+        raise InvalidParameterValue(f'invalid value for parameter "{name}": "{text}"')
+    return int(text)
+
+
+_VALUES: dict[str, Callable[[str, str], Any]] = {
+    "wal-sender-timeout": _time,
+    "wal-sender-shutdown-timeout": _time,
+    "wal-receiver-timeout": _time,
+    "wal-keep-size": _size,
+    "max-slot-wal-keep-size": _size,
+    "max-wal-senders": _count,
+    "max-replication-slots": _count,
+}
+"""The options whose values are those of configuration parameters."""
 
 
 class Options(UsageOptions):
@@ -76,6 +99,32 @@ class Options(UsageOptions):
             None,
             "60s",
             "Connect anew to an upstream that has been silent for so long; 0 for never.",
+        ],
+        [
+            "wal-keep-size",
+            None,
+            None,
+            "Remove received WAL that is further behind its end than so many megabytes, and is "
+            "needed by no slot and no connected client. [default: remove nothing]",
+        ],
+        [
+            "max-slot-wal-keep-size",
+            None,
+            None,
+            "Invalidate a slot that keeps more than so many megabytes of WAL. [default: -1, keep "
+            "as much as it takes]",
+        ],
+        [
+            "max-replication-slots",
+            None,
+            None,
+            "How many replication slots there may be on what is received. [default: 10]",
+        ],
+        [
+            "max-wal-senders",
+            None,
+            "10",
+            "How many clients may be connected at the same time.",
         ],
         [
             "server-version",
@@ -138,18 +187,21 @@ class Options(UsageOptions):
             raise UsageError(f"--wal-dir: {what}: {directory}")
         if not os.access(directory, os.R_OK | os.X_OK):
             raise UsageError(f"--wal-dir: no permission to read {directory}")
-        for name in ("wal-sender-timeout", "wal-sender-shutdown-timeout", "wal-receiver-timeout"):
+        self._check_upstream()
+        for name, value in _VALUES.items():
+            if self[name] is None:
+                continue
             try:
-                self[name] = _time(name.replace("-", "_"), self[name])
-            except ValueError as error:
-                raise UsageError(f"--{name}: {error}") from None
+                self[name] = value(name.replace("-", "_"), self[name])
+            except InvalidParameterValue as error:
+                hint = f" ({error.hint})" if error.hint else ""
+                raise UsageError(f"--{name}: {error.message}{hint}") from None
         if self["server-version"] is not None:
             try:
                 parse_version(self["server-version"])
             except ValueError as error:
                 raise UsageError(f"--server-version: {error}") from None
         self["listen"] = self["listen"] or [DEFAULT_ENDPOINT]
-        self._check_upstream()
 
     def _check_upstream(self) -> None:
         if self["upstream"] is None:
@@ -158,6 +210,9 @@ class Options(UsageOptions):
                 "upstream-start",
                 "upstream-create-slot",
                 "hot-standby-feedback",
+                "wal-keep-size",
+                "max-slot-wal-keep-size",
+                "max-replication-slots",
             ):
                 if self[name]:
                     raise UsageError(f"--{name} means nothing without --upstream")
@@ -281,6 +336,12 @@ def _end(error: Exception) -> None:
         reactor.stop()
 
 
+def _slot_options(options: Options) -> SlotOptions:
+    names = ("max-replication-slots", "wal-keep-size", "max-slot-wal-keep-size")
+    given = {name.replace("-", "_"): options[name] for name in names}
+    return SlotOptions(**{name: value for name, value in given.items() if value is not None})
+
+
 def _make_relay(options: Options, reactor: Any) -> WalRelay | None:
     """The relay that the options ask for, if they do; SystemExit if it is not to be had."""
     if options["upstream"] is None:
@@ -291,6 +352,7 @@ def _make_relay(options: Options, reactor: Any) -> WalRelay | None:
             options["upstream"],
             reactor,
             failed=_end,
+            slot_options=_slot_options(options),
             slot=options["upstream-slot"],
             create_slot=bool(options["upstream-create-slot"]),
             start_lsn=options["upstream-start"],
@@ -316,6 +378,8 @@ def makeService(options: Options) -> WalSenderService:
         reactor,
         server_version=options["server-version"],
         wal_sender_timeout=options["wal-sender-timeout"],
+        slots=relay.slots if relay else None,
+        max_wal_senders=options["max-wal-senders"],
     )
     endpoints = []
     for description in options["listen"]:

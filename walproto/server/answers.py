@@ -8,78 +8,23 @@ Protocol".
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from walproto.errors import (
-    ConfigurationLimitExceeded,
-    FeatureNotSupported,
-    InternalError,
-    ObjectNotInPrerequisiteState,
-    ReportedError,
-    UndefinedObject,
-)
+from walproto.errors import FeatureNotSupported, InternalError
 from walproto.lsn import format_lsn, history_name
+from walproto.server.results import (
+    BYTEA,
+    INT4,
+    INT8,
+    READY_FOR_QUERY,
+    TEXT,
+    Answer,
+    command_complete,
+    data_row,
+    row_description,
+)
 from walproto.server.settings import Settings
+from walproto.server.slot_commands import SlotCommands
 from walproto.timeline.interfaces import ITimeline
 from walproto.wire import commands
-from walproto.wire.messages import (
-    CommandComplete,
-    DataRow,
-    ErrorResponse,
-    ReadyForQuery,
-    RowDescription,
-)
-
-TEXT = (25, -1)
-INT4 = (23, 4)
-INT8 = (20, 8)
-BYTEA = (17, -1)
-
-READY_FOR_QUERY = ReadyForQuery.build()
-
-
-def row_description(*columns: tuple[str, tuple[int, int]], modifier: int = -1) -> bytes:
-    """A RowDescription of these columns: each its name and its type's OID and size in bytes."""
-    return RowDescription.build(
-        fields=[
-            {"name": name, "type_oid": oid, "type_size": size, "type_modifier": modifier}
-            for name, (oid, size) in columns
-        ]
-    )
-
-
-def data_row(*values: str | bytes | None) -> bytes:
-    """A DataRow; None is NULL."""
-    return DataRow.build(
-        columns=[
-            value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
-            for value in values
-        ]
-    )
-
-
-def command_complete(tag: str) -> bytes:
-    return CommandComplete.build(command_tag=tag)
-
-
-def error_response(error: ReportedError) -> bytes:
-    """The ErrorResponse that tells a peer of ``error``."""
-    fields = [
-        ("S", error.severity),
-        ("V", error.severity),
-        ("C", error.sqlstate),
-        ("M", error.message),
-        ("D", error.detail),
-        ("H", error.hint),
-    ]
-    return ErrorResponse.build(
-        fields=[
-            {"type": code.encode(), "value": value.replace("\0", "")}
-            for code, value in fields
-            if value is not None
-        ]
-        + [{"type": b"\0", "value": None}]
-    )
 
 
 def end_of_stream(next_timeline: tuple[int, int] | None) -> bytes:
@@ -105,14 +50,16 @@ def end_of_stream(next_timeline: tuple[int, int] | None) -> bytes:
 class Answers:
     """Answers the commands of one connection."""
 
-    def __init__(self, timeline: ITimeline, settings: Settings, major: int) -> None:
+    def __init__(
+        self, timeline: ITimeline, settings: Settings, slots: SlotCommands, major: int
+    ) -> None:
         self._timeline = timeline
         self._settings = settings
+        self._slots = slots
         self._major = major
 
-    def answer(self, command: commands.Command) -> Iterator[bytes]:
-        """The messages that answer a command other than START_REPLICATION, one after the other:
-        an error may be raised behind the first of them.  ReadyForQuery is not among them."""
+    def answer(self, command: commands.Command) -> Answer:
+        """The answer to a command other than START_REPLICATION, but for ReadyForQuery."""
         match command:
             case commands.IdentifySystem():
                 yield from self._identify_system()
@@ -121,19 +68,34 @@ class Answers:
                 yield row_description((canonical, TEXT)) + data_row(value)
             case commands.TimelineHistory(tli=tli):
                 yield from self._timeline_history(tli)
+            case commands.CreateReplicationSlot():
+                yield from self._slots.create(command)
             case commands.ReadReplicationSlot():
-                yield row_description(
-                    ("slot_type", TEXT), ("restart_lsn", TEXT), ("restart_tli", INT8)
-                ) + data_row(None, None, None)
+                yield from self._slots.read(command)
+            case commands.AlterReplicationSlot():
+                yield from self._slots.alter(command)
+            case commands.DropReplicationSlot():
+                yield from self._slots.drop(command)
+            case commands.StartLogicalReplication():
+                raise self._slots.no_logical_decoding()
+            case commands.Sql():
+                raise (FeatureNotSupported if self._major >= 15 else InternalError)(
+                    "cannot execute SQL commands in WAL sender for physical replication"
+                )
             case _:
-                raise self._refusal(command)
+                raise FeatureNotSupported(
+                    f"{command.tag} is not supported",
+                    detail="There is no database behind this WAL sender.",
+                    hint="Connect to the primary, or to a standby, for a base backup.",
+                )
         yield command_complete(command.tag)
 
     def stream(self, command: commands.StartReplication) -> tuple[int, int | None]:
         """The timeline ID that START_REPLICATION asks for, and where that timeline was switched
-        from, None if it is the current one (``StartReplication``)."""
+        from, None if it is the current one; its slot is in use from now on
+        (``StartReplication``)."""
         if command.slot is not None:
-            raise no_slot(command.slot)
+            self._slots.use(command.slot)
         history = self._timeline.history
         tli = command.tli or history.tli
         if tli == history.tli:
@@ -147,7 +109,7 @@ class Answers:
             )
         return tli, end
 
-    def _identify_system(self) -> Iterator[bytes]:
+    def _identify_system(self) -> Answer:
         timeline = self._timeline
         yield row_description(
             ("systemid", TEXT),
@@ -162,43 +124,10 @@ class Answers:
             None,
         )
 
-    def _timeline_history(self, tli: int) -> Iterator[bytes]:
+    def _timeline_history(self, tli: int) -> Answer:
         yield row_description(
             ("filename", TEXT),
             ("content", TEXT if self._major >= 14 else BYTEA),
             modifier=-1 if self._major >= 16 else 0,
         )
         yield data_row(history_name(tli), self._timeline.read_history(tli))
-
-    def _refusal(self, command: commands.Command) -> ReportedError:
-        """Why a command that we do not do fails: as it would on a server without slots."""
-        match command:
-            case commands.Sql():
-                return (FeatureNotSupported if self._major >= 15 else InternalError)(
-                    "cannot execute SQL commands in WAL sender for physical replication"
-                )
-            case commands.CreateReplicationSlot(plugin=str()) | commands.StartLogicalReplication():
-                return ObjectNotInPrerequisiteState(
-                    f"replication slots can only be used if {self._slots_setting} > 0"
-                )
-            case commands.CreateReplicationSlot():
-                return ConfigurationLimitExceeded(
-                    "all replication slots are in use",
-                    hint=f"Free one or increase {self._slots_setting}.",
-                )
-            case commands.DropReplicationSlot(slot=slot) | commands.AlterReplicationSlot(slot=slot):
-                return no_slot(slot)
-            case _:
-                return FeatureNotSupported(
-                    f"{command.tag} is not supported",
-                    detail="There is no database behind this WAL sender.",
-                    hint="Connect to the primary, or to a standby, for a base backup.",
-                )
-
-    @property
-    def _slots_setting(self) -> str:
-        return '"max_replication_slots"' if self._major >= 17 else "max_replication_slots"
-
-
-def no_slot(name: str) -> UndefinedObject:
-    return UndefinedObject(f'replication slot "{name}" does not exist')

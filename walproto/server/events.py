@@ -6,11 +6,14 @@ two interfaces are all that stands between it and them.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
+
+from twisted.internet.defer import Deferred
 
 from walproto.errors import ReportedError
 from walproto.server.startup import Cancellation, EncryptionRequest, Startup
 from walproto.timeline.replicas import Replica
+from walproto.timeline.slots import Holder
 
 
 class Events(Protocol):
@@ -37,6 +40,8 @@ class Events(Protocol):
     def extended_query(self, tag: bytes, contents: bytes) -> None: ...
     def function_call(self, tag: bytes, contents: bytes) -> None: ...
 
+    def waiting_began(self, awaited: Deferred[Any]) -> None: ...
+    def wait_over(self, error: BaseException | None) -> None: ...
     def streaming_started(self, tli: int, start_lsn: int) -> None: ...
     def timeline_ended(self) -> None: ...
     def replica_confirmed(self) -> None: ...
@@ -48,11 +53,10 @@ class Events(Protocol):
     def connection_lost(self) -> None: ...
 
 
-class Connection(Protocol):
+class Connection(Holder, Protocol):
     """What a session has done for it."""
 
     peer: str
-    pid: int
 
     def write(self, data: bytes) -> None:
         """Send ``data`` behind all that was sent before."""
@@ -62,6 +66,17 @@ class Connection(Protocol):
 
     def cancel(self, request: Cancellation) -> None:
         """Cancel what another connection does, if the key is right."""
+
+    def take_place(self) -> bool:
+        """Be one of the ``max_wal_senders`` until the connection is closed; whether there was a
+        place left."""
+
+    def wait_for(self, awaited: Deferred[Any]) -> None:
+        """Deal with no message from now on.  When ``awaited`` has fired, ``wait_over`` comes of it,
+        with the error if it has failed."""
+
+    def stop_waiting(self) -> None:
+        """Go on with the messages; ``wait_over`` comes no more."""
 
     def start_sending(self, replica: Replica, timeout: float) -> None:
         """The client is ``replica`` from now on: send CopyBothResponse, then WAL from

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
+from twisted.internet.defer import Deferred
+
 from walproto.errors import (
     AdminShutdown,
     CannotConnectNow,
@@ -21,15 +23,11 @@ from walproto.errors import (
     ReportedError,
 )
 from walproto.lsn import format_lsn
-from walproto.server.answers import (
-    READY_FOR_QUERY,
-    Answers,
-    command_complete,
-    end_of_stream,
-    error_response,
-)
+from walproto.server.answers import Answers, end_of_stream
 from walproto.server.configuration import parse_version
 from walproto.server.events import Events
+from walproto.server.results import READY_FOR_QUERY, command_complete, error_response
+from walproto.server.slot_commands import SlotCommands
 from walproto.server.startup import Cancellation, EncryptionRequest, Startup, unsupported_version
 from walproto.timeline.replicas import Replica
 from walproto.wire import messages
@@ -89,6 +87,8 @@ def begin_authentication(events: Events, session: Session, startup: Startup) -> 
     session.startup = startup
     session.connection.write(startup.negotiation)
     session.timeline.require_ready()
+    if startup.replication and not session.connection.take_place():
+        raise session.configuration.too_many_connections()
     authenticator = session.configuration.authenticator
     session.exchange = authenticator.authenticate(startup, session.connection.peer)
     _authenticate(events, session, lambda: next(session.exchange))
@@ -129,7 +129,10 @@ def greet(events: Events, session: Session) -> None:
     for name, value in startup.parameters:
         settings.set(name, value)
     session.major, _ = parse_version(session.configuration.advertised_version)
-    session.answers = Answers(session.timeline, settings, session.major)
+    session.slots = SlotCommands(
+        session.configuration.slots, session.timeline, connection, session.major
+    )
+    session.answers = Answers(session.timeline, settings, session.slots, session.major)
     for name, value in settings.reported():
         connection.write(messages.ParameterStatus.build(name=name, value=value))
     key = connection.new_key(32 if startup.long_keys else 4)
@@ -150,9 +153,34 @@ def answer_query(events: Events, session: Session, tag: bytes, contents: bytes) 
         _start_replication(events, session, command)
         return
     session.system_identified |= isinstance(command, IdentifySystem)
-    for part in session.answers.answer(command):
-        session.connection.write(part)
-    session.connection.write(READY_FOR_QUERY)
+    session.answer = session.answers.answer(command)
+    _answer(events, session, lambda: next(session.answer))
+
+
+def wait(events: Events, session: Session, awaited: Deferred[Any]) -> None:
+    session.is_waiting = True
+    session.connection.wait_for(awaited)
+
+
+@telling_errors
+def go_on_with_answer(events: Events, session: Session, error: BaseException | None) -> None:
+    session.is_waiting = False
+    session.connection.stop_waiting()
+    answer = session.answer
+    _answer(events, session, lambda: next(answer) if error is None else answer.throw(error))
+
+
+def _answer(events: Events, session: Session, go_on: Callable[[], bytes | Deferred[Any]]) -> None:
+    """Answer as far as that goes without waiting."""
+    try:
+        part = go_on()
+        while isinstance(part, bytes):
+            session.connection.write(part)
+            part = next(session.answer)
+    except StopIteration:
+        session.connection.write(READY_FOR_QUERY)
+    else:
+        events.waiting_began(part)
 
 
 def _start_replication(events: Events, session: Session, command: StartReplication) -> None:
@@ -162,6 +190,7 @@ def _start_replication(events: Events, session: Session, command: StartReplicati
         )
     tli, switch_lsn = session.answers.stream(command)
     if command.start_lsn == switch_lsn:
+        session.slots.release()
         _tell_end_of_stream(session, tli)
     else:
         events.streaming_started(tli, command.start_lsn)
@@ -176,6 +205,7 @@ def answer_sync(events: Events, session: Session, tag: bytes, contents: bytes) -
 @telling_errors
 def refuse_extended_query(events: Events, session: Session, tag: bytes, contents: bytes) -> None:
     error = ProtocolViolation("extended query protocol not supported in a replication connection")
+    session.clean_up()
     session.connection.report(error)
     session.connection.write(error_response(error))
 
@@ -204,11 +234,17 @@ def begin_stream(events: Events, session: Session, tli: int, start_lsn: int) -> 
         sent_lsn=start_lsn,
     )
     session.connection.start_sending(session.replica, session.settings.wal_sender_timeout)
+    session.slots.check_start(tli, start_lsn)
     end = session.timeline.end_of(tli)
-    if start_lsn > end:
+    if start_lsn > end + session.timeline.identity.segment_size:
         raise InternalError(
             f"requested starting point {format_lsn(start_lsn)} is ahead of the WAL flush "
             f"position of this server {format_lsn(end)}"
+        )
+    if start_lsn > end:
+        session.connection.note(
+            f"is {start_lsn - end} bytes ahead of the WAL here, which ends at {format_lsn(end)}: "
+            "it is sent none until there is more"
         )
 
 
@@ -216,6 +252,7 @@ def begin_stream(events: Events, session: Session, tli: int, start_lsn: int) -> 
 def hear_replica(events: Events, session: Session, tag: bytes, contents: bytes) -> None:
     message = parse_standby_message(contents)
     session.replica.update(message)
+    session.slots.hear(message)
     session.connection.replica_heard(isinstance(message, StatusUpdate) and message.reply_requested)
 
 
@@ -241,6 +278,7 @@ def answer_copy_done(events: Events, session: Session, tag: bytes, contents: byt
 
 def end_stream(events: Events, session: Session, tag: bytes, contents: bytes) -> None:
     session.connection.end_replica()
+    session.slots.release()
     _tell_end_of_stream(session, session.replica.tli)
 
 
@@ -260,13 +298,13 @@ def finish_sending(events: Events, session: Session) -> None:
 
 
 def tell_error(events: Events, session: Session, error: ReportedError) -> None:
-    session.connection.end_replica()
+    session.clean_up()
     session.connection.report(error)
     session.connection.write(error_response(error) + READY_FOR_QUERY)
 
 
 def tell_and_close(events: Events, session: Session, error: ReportedError) -> None:
-    session.connection.end_replica()
+    session.clean_up()
     session.connection.report(error)
     session.connection.write(error_response(error))
     close(events, session)
@@ -277,7 +315,7 @@ def tell_cancellation(events: Events, session: Session) -> None:
 
 
 def tell_end_and_close(events: Events, session: Session, /, *_: Any, **__: Any) -> None:
-    session.connection.end_replica()
+    session.clean_up()
     session.connection.write(command_complete("COPY 0"))
     close(events, session)
 
@@ -288,14 +326,14 @@ def tell_shutdown_and_close(events: Events, session: Session) -> None:
         error = AdminShutdown("terminating connection due to administrator command", fatal=True)
     else:
         error = CannotConnectNow("the database system is shutting down", fatal=True)
-    session.connection.end_replica()
+    session.clean_up()
     session.connection.write(error_response(error))
     close(events, session)
 
 
 def close(events: Events, session: Session, /, *_: Any, **__: Any) -> None:
     session.is_closed = True
-    session.connection.end_replica()
+    session.clean_up()
     session.connection.close()
 
 

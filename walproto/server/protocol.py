@@ -13,7 +13,7 @@ import os
 from typing import Any
 
 from twisted.internet.address import UNIXAddress
-from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.interfaces import (
     IDelayedCall,
     IHalfCloseableProtocol,
@@ -25,7 +25,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from walproto.errors import CannotConnectNow, InternalError, ReportedError
+from walproto.errors import AdminShutdown, CannotConnectNow, InternalError, ReportedError
 from walproto.lsn import format_lsn
 from walproto.server.configuration import Configuration
 from walproto.server.heartbeat import Heartbeat
@@ -43,7 +43,8 @@ LINGER = 5.0
 @implementer(IHalfCloseableProtocol)
 class WalSenderProtocol(Protocol):
     """One client.  Its session tells it what to do (:class:`~walproto.server.events.Connection`),
-    its producer how that went (:class:`~walproto.server.producer.Listener`)."""
+    its producer how that went (:class:`~walproto.server.producer.Listener`).  It holds the
+    replication slots that the session uses (:class:`~walproto.timeline.slots.Holder`)."""
 
     _log = Logger()
     factory: WalSenderFactory
@@ -58,6 +59,7 @@ class WalSenderProtocol(Protocol):
         self._key = b""
         self._replica: Replica | None = None
         self._reader: Reader
+        self._awaited: Deferred[Any] | None = None
         self._producer: WalProducer | None = None
         self._heartbeat: Heartbeat | None = None
         self._timer: IDelayedCall | None = None
@@ -108,6 +110,12 @@ class WalSenderProtocol(Protocol):
         """Close the connection now."""
         self.transport.abortConnection()
 
+    def terminate(self) -> None:
+        """Tell the client that the connection is taken from it, and close it."""
+        self._session.fail(
+            AdminShutdown("terminating connection due to administrator command", fatal=True)
+        )
+
     def cancel_with(self, key: bytes) -> None:
         """Cancel what the session does, if this is its key."""
         if self._key and hmac.compare_digest(self._key, key):
@@ -126,6 +134,22 @@ class WalSenderProtocol(Protocol):
         other = self.factory.connections.get(request.process_id)
         if other is not None:
             other.cancel_with(request.secret_key)
+
+    def take_place(self) -> bool:
+        senders = self.factory.senders
+        if len(senders) >= self.factory.configuration.max_wal_senders:
+            return False
+        senders.add(self.pid)
+        return True
+
+    def wait_for(self, awaited: Deferred[Any]) -> None:
+        self._awaited = awaited
+        self._reader.hold()
+        awaited.addBoth(self._wait_over, awaited)
+
+    def stop_waiting(self) -> None:
+        self._awaited = None
+        self._reader.let_go()
 
     def start_sending(self, replica: Replica, timeout: float) -> None:
         self._replica = replica
@@ -199,6 +223,7 @@ class WalSenderProtocol(Protocol):
         self._log.info("{peer}: {text}", peer=self._replica or self.peer, text=text)
 
     def close(self) -> None:
+        self.factory.senders.discard(self.pid)
         self._reader.stop()
         self.transport.unregisterProducer()
         self.transport.loseConnection()
@@ -238,6 +263,20 @@ class WalSenderProtocol(Protocol):
             self._stop_timer()
         return more
 
+    def _wait_over(self, outcome: Any, awaited: Deferred[Any]) -> None:
+        error = outcome.value if isinstance(outcome, Failure) else None
+        if self._awaited is awaited:
+            try:
+                self._session.events.wait_over(error)
+            except Exception:
+                self.broken()
+        elif error is not None and not isinstance(error, CancelledError):
+            self._log.warn(
+                "{peer}: what it has stopped waiting for has failed: {error}",
+                peer=self.peer,
+                error=error,
+            )
+
     def _send_keepalive(self, reply_requested: bool) -> None:
         if self._producer is not None:
             self._producer.send_keepalive(reply_requested)
@@ -271,6 +310,8 @@ class WalSenderFactory(Factory):
         self.clock = clock
         self.piece = Piece(timeline)
         self.connections: dict[int, WalSenderProtocol] = {}
+        self.senders: set[int] = set()
+        """The process IDs of those that count as WAL senders."""
         self._pids = itertools.count(1)
         self._awaiting_none: list[Deferred[None]] = []
 

@@ -5,6 +5,9 @@ the transport brought is dealt with some messages at a time, and between two tur
 on with the others; meanwhile nothing more is read from this client.  Nor is it while the client
 does not take the answers it has been given, so that neither they nor its questions pile up here.
 
+While an answer waits for something, nothing is dealt with, but the client is read until it has said
+something more: that it is gone is noticed, and what it says does not pile up.
+
 While WAL is streamed, what the client says is read all the same, whether it takes WAL or not.
 """
 
@@ -35,13 +38,26 @@ class Reader:
         self._deal = deal
         self._is_reading = True
         self._is_blocked = False
+        self._is_held = False
+        self._has_unheard = False
         self._next_turn: IDelayedCall | None = None
 
     def go_on(self) -> None:
         """Something has come in."""
-        if not self._is_blocked and self._next_turn is None and self._deal(TURN):
-            self._next_turn = self._clock.callLater(0, self._take_turn)
-        self._read_or_not()
+        if self._is_held:
+            self._has_unheard = True
+            self._read_or_not()
+        else:
+            self._take_turn()
+
+    def hold(self) -> None:
+        """Deal with nothing for now."""
+        self._is_held = True
+
+    def let_go(self) -> None:
+        """Deal with what has come in meanwhile, soon."""
+        self._is_held = self._has_unheard = False
+        self._schedule_turn()
 
     def release(self) -> None:
         """The transport has another producer from now on: read, whatever is not taken."""
@@ -63,17 +79,27 @@ class Reader:
 
     def resumeProducing(self) -> None:
         self._is_blocked = False
-        self.go_on()
+        self._take_turn()
 
     def stopProducing(self) -> None:
         self.stop()
 
-    def _take_turn(self) -> None:
+    def _take_next_turn(self) -> None:
         self._next_turn = None
-        self.go_on()
+        self._take_turn()
+
+    def _take_turn(self) -> None:
+        may_deal = not (self._is_blocked or self._is_held or self._next_turn)
+        if may_deal and self._deal(TURN):
+            self._schedule_turn()
+        self._read_or_not()
+
+    def _schedule_turn(self) -> None:
+        if self._next_turn is None:
+            self._next_turn = self._clock.callLater(0, self._take_next_turn)
 
     def _read_or_not(self) -> None:
-        is_reading = not self._is_blocked and self._next_turn is None
+        is_reading = not (self._is_blocked or self._has_unheard or self._next_turn)
         if is_reading != self._is_reading:
             self._is_reading = is_reading
             if is_reading:

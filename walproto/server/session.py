@@ -9,9 +9,12 @@ is the whole protocol: each line reads *in this state, when that happens, go the
 ::
 
     starting ─▶ authenticating ─▶ idle ◀─────────▶ streaming ─▶ stream_ended ─▶ idle
-                                   ▲ │                 │
-                                   │ ▼                 ▼
-                                 skipping          stopping ─▶ closed  (◀─ all the others)
+                                  ▲ │ ▲ │              │
+                                  │ ▼ │ ▼              ▼
+                            skipping  waiting      stopping ─▶ closed  (◀─ all the others)
+
+While waiting, for a disk or another session, nothing that the client says is dealt with, but for a
+CancelRequest.
 
 An event that an output causes is queued by the machine until that output has returned.
 
@@ -29,7 +32,9 @@ from walproto.server.answers import Answers
 from walproto.server.authentication import Exchange
 from walproto.server.configuration import Configuration
 from walproto.server.events import Connection, Events
+from walproto.server.results import Answer
 from walproto.server.settings import Settings
+from walproto.server.slot_commands import SlotCommands
 from walproto.server.startup import (
     Cancellation,
     EncryptionRequest,
@@ -60,6 +65,11 @@ class Session:
         self.settings: Settings
         self.major: int
         self.answers: Answers
+        self.answer: Answer
+        """The one to the command that was the last."""
+        self.is_waiting = False
+        """Whether that answer waits for something."""
+        self.slots: SlotCommands
         self.system_identified = False
         self.replica: Replica
         self.events: Events = _machine(self)
@@ -88,7 +98,7 @@ class Session:
         more."""
         try:
             for _ in range(limit):
-                if self.is_closed or not self._deal_with_one():
+                if self.is_closed or self.is_waiting or not self._deal_with_one():
                     break
             else:
                 return True
@@ -101,6 +111,16 @@ class Session:
     def fail(self, error: ReportedError) -> None:
         """Something went wrong, and the client is to be told."""
         (self.events.failed_fatally if error.fatal else self.events.failed)(error)
+
+    def clean_up(self) -> None:
+        """What the session does is over, by an error or with it (``WalSndErrorCleanup``)."""
+        if self.is_waiting:
+            self.is_waiting = False
+            self.connection.stop_waiting()
+            self.answer.close()
+        self.connection.end_replica()
+        if self.is_greeted:
+            self.slots.clean_up()
 
     def _deal_with_one(self) -> bool:
         """Deal with the next message; whether there was one."""
@@ -128,6 +148,7 @@ E = Events
 starting = _builder.state("starting")
 authenticating = _builder.state("authenticating")
 idle = _builder.state("idle")
+waiting = _builder.state("waiting")  # with an answer, and every message behind its question
 skipping = _builder.state("skipping")  # to the next Sync, behind an extended query
 streaming = _builder.state("streaming")
 stream_ended = _builder.state("stream_ended")  # our CopyDone is sent, the client's is awaited
@@ -148,6 +169,7 @@ for _message in (
     authenticating.upon(_message).loop()(do.refuse_unauthenticated)
 
 idle.upon(E.query).loop()(do.answer_query)
+idle.upon(E.waiting_began).to(waiting)(do.wait)
 idle.upon(E.streaming_started).to(streaming)(do.begin_stream)
 idle.upon(E.sync).loop()(do.answer_sync)
 idle.upon(E.extended_query).to(skipping)(do.refuse_extended_query)
@@ -156,6 +178,8 @@ idle.upon(E.password).loop()(do.refuse_password)
 idle.upon(E.terminate).to(closed)(do.close)
 for _message in (E.flush, E.copy_data, E.copy_done, E.copy_fail):
     idle.upon(_message).loop()(do.ignore)  # what a stream that has just ended had under way
+
+waiting.upon(E.wait_over).to(idle)(do.go_on_with_answer)
 
 skipping.upon(E.sync).to(idle)(do.answer_sync)
 skipping.upon(E.password).loop()(do.refuse_password)
@@ -187,11 +211,12 @@ for _state in (streaming, stream_ended, stopping):
     ):
         _state.upon(_message).loop()(do.refuse_standby_message)
 
-for _state in (starting, authenticating, idle, skipping):
-    _state.upon(E.cancelled).loop()(do.ignore)
+for _state in (starting, authenticating, idle, waiting, skipping):
     _state.upon(E.shutdown_requested).to(closed)(do.tell_shutdown_and_close)
 
-for _state in (streaming, stream_ended):
+for _state in (starting, authenticating, idle, skipping):
+    _state.upon(E.cancelled).loop()(do.ignore)
+for _state in (waiting, streaming, stream_ended):
     _state.upon(E.cancelled).to(idle)(do.tell_cancellation)
 stopping.upon(E.cancelled).to(closed)(do.tell_shutdown_and_close)
 
@@ -200,7 +225,10 @@ for _state in (idle, streaming, stream_ended):
 for _state in (starting, authenticating, skipping, stopping):
     _state.upon(E.failed).to(closed)(do.tell_and_close)
 
-for _state in (starting, authenticating, idle, skipping, streaming, stream_ended, stopping):
+for _state in (
+    *(starting, authenticating, idle, waiting, skipping),
+    *(streaming, stream_ended, stopping),
+):
     _state.upon(E.failed_fatally).to(closed)(do.tell_and_close)
     _state.upon(E.timed_out).to(closed)(do.close_on_timeout)
     _state.upon(E.connection_lost).to(closed)(do.close)

@@ -37,8 +37,14 @@ _FIXED = {
 _FIXED_AT_START = {
     "hot_standby": "on",
     "max_replication_slots": "0",
+    "max_wal_senders": "10",
     "wal_level": "replica",
 }
+_FOR_ALL = {
+    "max_slot_wal_keep_size": "-1",
+    "wal_keep_size": "0",
+}
+"""Those that may change while a server runs, but not for one connection alone."""
 _CHANGEABLE = {
     "application_name": "",
     "bytea_output": "hex",
@@ -101,6 +107,7 @@ _ENCODING_NAMES = {name.replace("_", "").lower(): name for name in _ENCODINGS.sp
 }
 
 _UNITS = {"us": 0.001, "ms": 1.0, "": 1.0, "s": 1000.0, "min": 60e3, "h": 3600e3, "d": 86400e3}
+_SIZES = {"B": 2**-20, "kB": 2**-10, "MB": 1.0, "": 1.0, "GB": 2.0**10, "TB": 2.0**20}
 _MAX_INT = 2**31 - 1
 _NUMBER = re.compile(
     r"""\s*+([+-]?(?:0[xX][0-9a-fA-F]++|(?:[0-9]++\.?[0-9]*+|\.[0-9]++)(?:[eE][+-]?[0-9]++)?))
@@ -115,13 +122,13 @@ class Settings:
     """The parameters of one connection.
 
     ``server`` has the values that are the server's own: ``server_version``,
-    ``server_version_num``, ``wal_segment_size``, ``session_authorization``.
+    ``server_version_num``, ``wal_segment_size``, ``session_authorization``; and those of others
+    that a client may not set where they are not the defaults.
     """
 
     def __init__(self, major: int, server: Mapping[str, str], wal_sender_timeout: float) -> None:
         self._major = major
-        self._fixed = {**_FIXED, **server}
-        values = {**self._fixed, **_FIXED_AT_START, **_CHANGEABLE}
+        values = {**_FIXED, **_FIXED_AT_START, **_FOR_ALL, **_CHANGEABLE, **server}
         values["wal_sender_timeout"] = format_milliseconds(round(wal_sender_timeout * 1000))
         self._values = {
             name: value for name, value in values.items() if major >= _SINCE.get(name, 0)
@@ -156,12 +163,14 @@ class Settings:
             if "." in name:
                 return  # a custom parameter of somebody's extension
             raise _unrecognized(name, fatal=True)
-        if canonical in self._fixed:
-            raise CantChangeRuntimeParam(f'parameter "{canonical}" cannot be changed', fatal=True)
-        if canonical in _FIXED_AT_START:
+        if canonical not in _CHANGEABLE and canonical != "wal_sender_timeout":
+            when = ""
+            if canonical in _FIXED_AT_START:
+                when = " without restarting the server"
+            elif canonical in _FOR_ALL:
+                when = " now"
             raise CantChangeRuntimeParam(
-                f'parameter "{canonical}" cannot be changed without restarting the server',
-                fatal=True,
+                f'parameter "{canonical}" cannot be changed{when}', fatal=True
             )
         check = _CHECKS.get(canonical)
         if check is not None:
@@ -201,15 +210,31 @@ def parse_milliseconds(name: str, text: str) -> int:
 
     Raises InvalidParameterValue (FATAL) for what is none, or is not in 0 .. 2**31 - 1.
     """
+    return _parse_integer(name, text, "ms", _UNITS, 0)
+
+
+def parse_megabytes(name: str, text: str, minimum: int) -> int:
+    """A size as a server's configuration takes it, ``64MB``, ``1GB`` or ``64``, in megabytes.
+
+    Raises InvalidParameterValue (FATAL) for what is none, or is not in ``minimum`` .. 2**31 - 1.
+    """
+    return _parse_integer(name, text, "MB", _SIZES, minimum)
+
+
+def _parse_integer(
+    name: str, text: str, unit: str, units: Mapping[str, float], minimum: int
+) -> int:
+    """``text`` as a number of ``unit``, the one that needs not be said (``parse_int``)."""
     match = _NUMBER.match(text)
     if match is None:
         raise _invalid(name, text)
-    number, unit = match.groups()
-    if unit not in _UNITS:
+    number, given = match.groups()
+    if given not in units:
+        *most, last = (f'"{known}"' for known in units if known)
         raise _invalid(
             name,
             text,
-            hint='Valid units for this parameter are "us", "ms", "s", "min", "h", and "d".',
+            hint=f"Valid units for this parameter are {', '.join(most)}, and {last}.",
         )
     if re.fullmatch("[+-]?0[xX].*", number):
         value = float(_clamp(int(number, 16)))
@@ -217,17 +242,17 @@ def parse_milliseconds(name: str, text: str) -> int:
         value = float(_clamp(int(number, 8)))
     else:
         value = float(number)
-    value *= _UNITS[unit]
+    value *= units[given]
     if not math.isfinite(value) or abs(value) > _MAX_INT:
         raise _invalid(name, text, hint="Value exceeds integer range.")
-    milliseconds = round(value)
-    if milliseconds < 0:
+    result = round(value)
+    if result < minimum:
         raise InvalidParameterValue(
-            f"{milliseconds} ms is outside the valid range for parameter "
-            f'"{name}" (0 ms .. {_MAX_INT} ms)',
+            f"{result} {unit} is outside the valid range for parameter "
+            f'"{name}" ({minimum} {unit} .. {_MAX_INT} {unit})',
             fatal=True,
         )
-    return milliseconds
+    return result
 
 
 def _clamp(number: int) -> int:
@@ -245,9 +270,17 @@ def format_milliseconds(milliseconds: int) -> str:
     return f"{milliseconds}ms"
 
 
-def format_segment_size(size: int) -> str:
-    """A segment size in bytes as SHOW has it: ``16MB``, ``1GB``."""
-    return f"{size >> 30}GB" if size % (1 << 30) == 0 else f"{size >> 20}MB"
+def format_size(size: int | None) -> str:
+    """A size in bytes as SHOW has one that is in megabytes: ``16MB``, ``1GB``; ``-1`` for None."""
+    if size is None:
+        return "-1"
+    megabytes = size >> 20
+    if megabytes == 0:
+        return "0"
+    for unit, factor in (("TB", 1 << 20), ("GB", 1 << 10)):
+        if megabytes % factor == 0:
+            return f"{megabytes // factor}{unit}"
+    return f"{megabytes}MB"
 
 
 def _split_options(options: str) -> list[str]:

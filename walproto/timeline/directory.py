@@ -104,6 +104,17 @@ class WalDirectory:
                 self.commit_lsn = min(self.commit_lsn, lsn)
         self.look()
 
+    @property
+    def last_record_lsn(self) -> int:
+        """Where the last record begins, or one before it; once ready.  From the segment that this
+        is in, the end of WAL can be found."""
+        return min(self.commit_lsn, self._tail.last_record) if self._tail else self.commit_lsn
+
+    def forget_before(self, lsn: int) -> None:
+        """The segments before the one that begins at ``lsn`` have been removed."""
+        self._segments.forget_before(lsn)
+        self._proofs.forget_before(lsn)
+
     # --- ITimeline -------------------------------------------------------------------------
 
     def require_ready(self) -> None:
@@ -128,6 +139,13 @@ class WalDirectory:
         if lsn >= end:
             if self._damage is not None and tli == self.history.tli:
                 raise self._damage.with_traceback(None)  # it is raised more than once
+            if tli == self.history.tli and self._fence is not None and lsn > self._fence:
+                raise InternalError(
+                    f"requested starting point {format_lsn(lsn)} is ahead of the WAL flush "
+                    f"position of this server {format_lsn(end)}",
+                    log="it has WAL that is not in the upstream's history, so it will never get "
+                    "more: pg_rewind it, or clone it anew",
+                )
             return end
         size = self.identity.segment_size
         if self.history.file_tli(lsn, size) < tli:

@@ -79,7 +79,7 @@ class _Walk:
         scanner = self._new_scanner(record)
         while scanner.end < end and scanner.advance(_HEAD_BUDGET):
             pass
-        if scanner.end < end:
+        if scanner.end < end and self._read(record, 1):  # it may have been removed meanwhile
             self.begin, self._head_reason = end, scanner.reason
 
 
@@ -130,6 +130,14 @@ class Proofs:
         if segno in self._damaged:
             self._tell_damage(self._damaged.pop(segno), lsn)
         return lsn
+
+    def forget_before(self, lsn: int) -> None:
+        """The segments that end at or before ``lsn`` have been removed.  Who waits for the proof of
+        one learns of that when the walk stops."""
+        first = lsn // self._segment_size
+        for known in (self._sound, self._damaged):
+            for segno in [segno for segno in known if segno < first]:
+                del known[segno]
 
     def advance(self, budget: int) -> bool:
         """Go on with one of the walks under way over some ``budget`` bytes, the next one the next

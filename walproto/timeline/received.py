@@ -90,6 +90,10 @@ class Received:
         self._open_from = lsn
         self._stamps[tli, lsn] = stamp
 
+    def forget_before(self, lsn: int) -> None:
+        """The segments that end at or before ``lsn`` have been removed."""
+        self._stamps = {key: stamp for key, stamp in self._stamps.items() if key[1] > lsn}
+
     def is_being_written(self, tli: int, segment_end: int) -> bool:
         return tli == self.tli and segment_end > self._open_from
 
@@ -131,3 +135,7 @@ class ReceivedSegments(Segments):
             return _OURS
         stamp = super().stamp(tli, lsn)
         return _OURS if self._received.is_as_written(tli, segment_end, stamp) else stamp
+
+    def forget_before(self, lsn: int) -> None:
+        super().forget_before(lsn)
+        self._received.forget_before(lsn)

@@ -52,6 +52,17 @@ class Replica:
         return f'"{self.application_name}" (pid {self.pid}, {self.user}@{self.peer})'
 
 
+def full_xmins(feedback: Feedback) -> tuple[int, int]:
+    """The xmin and catalog_xmin that a replica asks to be kept, 0 if it does not.
+
+    They are full transaction IDs: the epoch in the upper 32 bits, so that they compare.
+    """
+    return (
+        feedback.xmin_epoch << 32 | feedback.xmin if feedback.xmin else 0,
+        feedback.catalog_xmin_epoch << 32 | feedback.catalog_xmin if feedback.catalog_xmin else 0,
+    )
+
+
 class Replicas:
     """The replicas of one timeline."""
 
@@ -65,14 +76,11 @@ class Replicas:
         self._replicas.pop(replica.pid, None)
 
     def oldest_xmins(self) -> tuple[int, int]:
-        """The oldest xmin and catalog_xmin that any replica asks to be kept, 0 if none does.
-
-        They are full transaction IDs: the epoch in the upper 32 bits, so that they compare.
-        """
+        """The oldest xmin and catalog_xmin that any replica asks to be kept, full transaction IDs;
+        0 if none does."""
         fed = [replica.feedback for replica in self._replicas.values() if replica.feedback]
-        xmins = [it.xmin_epoch << 32 | it.xmin for it in fed if it.xmin]
-        catalog = [it.catalog_xmin_epoch << 32 | it.catalog_xmin for it in fed if it.catalog_xmin]
-        return min(xmins, default=0), min(catalog, default=0)
+        xmins, catalog = zip(*map(full_xmins, fed), strict=True) if fed else ((), ())
+        return min(filter(None, xmins), default=0), min(filter(None, catalog), default=0)
 
     def __iter__(self) -> Iterator[Replica]:
         return iter(list(self._replicas.values()))

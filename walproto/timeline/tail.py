@@ -47,6 +47,12 @@ class Tail:
         return self._scanner.last_record is not None
 
     @property
+    def last_record(self) -> int:
+        """Where the last record begins; :attr:`start` if there is none."""
+        last = self._scanner.last_record
+        return self.start if last is None else last
+
+    @property
     def reason(self) -> str:
         """Why the walk stopped where it is."""
         return self._scanner.reason

@@ -26,12 +26,12 @@ from walproto.lsn import (
 )
 from walproto.timeline.history import Ancestor
 from walproto.timeline.holding import Holding, examine
-from walproto.timeline.replicas import Replicas
 from walproto.timeline.survey import load_history
+from walproto.timeline.threads import Threads
 from walproto.upstream.connection import UpstreamConnection, UpstreamError
 from walproto.upstream.receiver import Receiver, Terms
 from walproto.upstream.server import Commands, Server
-from walproto.upstream.store import Store, Threads
+from walproto.upstream.store import Store
 from walproto.wal.headers import InvalidWal
 from walproto.wal.incoming import IncomingWal
 from walproto.wal.segments import Segments
@@ -73,7 +73,8 @@ class UpstreamOptions:
 class Conversation:
     """One connection's conversation.
 
-    ``streaming`` is called when WAL has begun to come.
+    ``xmins`` tells the oldest xmin and catalog_xmin that our replicas need; ``streaming`` is called
+    when WAL has begun to come.
     """
 
     _log = Logger()
@@ -83,7 +84,7 @@ class Conversation:
         connection: UpstreamConnection,
         directory: Path,
         store: Store,
-        replicas: Replicas,
+        xmins: Callable[[], tuple[int, int]],
         options: UpstreamOptions,
         clock: IReactorTime,
         threads: Threads,
@@ -93,7 +94,7 @@ class Conversation:
         self._commands = Commands(connection, options.timeout, clock)
         self._directory = directory
         self._store = store
-        self._replicas = replicas
+        self._xmins = xmins
         self._options = options
         self._clock = clock
         self._threads = threads
@@ -280,7 +281,7 @@ class Conversation:
                 timeout=self._options.timeout,
                 flush_from=slot_lsn,
                 known=self._known(tli, start),
-                replicas=self._replicas if self._options.feedback else None,
+                xmins=self._xmins if self._options.feedback else None,
             ),
             begun=partial(self._begun, tli, start),
         )

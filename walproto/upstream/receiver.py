@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
 from walproto.lsn import format_lsn
-from walproto.timeline.replicas import Replicas
 from walproto.upstream.connection import UpstreamConnection
 from walproto.upstream.store import Store
 from walproto.wal.headers import InvalidWal
@@ -43,13 +42,14 @@ class Terms:
     ``timeout`` is how long a server may be silent (wal_receiver_timeout), 0 for ever.
     ``flush_from`` is the LSN below which no flush position is told: a slot must not be moved back.
     ``known`` is the WAL that is here already of what will come, from where it begins.
-    ``replicas`` are those whose xmins are passed on, None if none are.
+    ``xmins`` tells the oldest xmin and catalog_xmin that are needed, to be passed on; None if none
+    are.
     """
 
     timeout: float
     flush_from: int = 0
     known: bytes = b""
-    replicas: Replicas | None = None
+    xmins: Callable[[], tuple[int, int]] | None = None
 
 
 class Receiver:
@@ -160,8 +160,7 @@ class Receiver:
     def _tell_xmins(self) -> None:
         """Pass on which transaction IDs the replicas still need: when that has changed, and at
         first, for the server may still keep some for us."""
-        replicas = self._terms.replicas
-        xmins = replicas.oldest_xmins() if replicas is not None else (0, 0)
+        xmins = self._terms.xmins() if self._terms.xmins is not None else (0, 0)
         if xmins != self._xmins:
             self._xmins = xmins
             xmin, catalog_xmin = xmins

@@ -10,11 +10,9 @@ two share a :class:`~walproto.timeline.received.Received`, which says how far th
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 from twisted.application.internet import backoffPolicy
@@ -27,6 +25,9 @@ from walproto.lsn import format_lsn, segment_name
 from walproto.timeline.directory import WalDirectory
 from walproto.timeline.holding import examine
 from walproto.timeline.received import Received
+from walproto.timeline.retention import Retention
+from walproto.timeline.slots import SlotOptions, Slots
+from walproto.timeline.threads import OneThread
 from walproto.upstream.connection import UpstreamError
 from walproto.upstream.conversation import Conversation, Refusal, UpstreamOptions
 from walproto.upstream.fence import Fence
@@ -39,45 +40,13 @@ FIRST_WAIT, LONGEST_WAIT = 0.1, 10.0
 """Seconds between two tries to connect: at first, and after many in vain."""
 
 
-class OneThread:
-    """A thread for all that waits for the disk (:class:`~walproto.upstream.store.Threads`).
-
-    It does one thing after another, and takes less time to begin than one of a pool.
-    """
-
-    def __init__(self, reactor: Any) -> None:
-        self._reactor = reactor
-        self._work: SimpleQueue[tuple[Callable[[], Any], Deferred[Any]] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="disk", daemon=True)
-
-    def run(self, work: Callable[[], Any]) -> Deferred[Any]:
-        if self._thread.ident is None:
-            self._thread.start()
-        result = Deferred[Any]()
-        self._work.put((work, result))
-        return result
-
-    def tell(self, what: Callable[..., Any], *arguments: Any) -> None:
-        self._reactor.callFromThread(what, *arguments)
-
-    def stop(self) -> None:
-        """Do nothing more."""
-        self._work.put(None)
-
-    def _run(self) -> None:
-        while (task := self._work.get()) is not None:
-            work, result = task
-            try:
-                self.tell(result.callback, work())
-            except BaseException:
-                self.tell(result.errback, Failure())
-
-
 class WalRelay:
     """Receives WAL from the server at ``conninfo``, a libpq connection string, into ``directory``.
 
     What is there is in :attr:`timeline`, to be served; that goes on when the receiving is stopped.
-    ``options`` are those of :class:`~walproto.upstream.conversation.UpstreamOptions`.  ``failed``
+    What is kept of it, and which slots there may be on it, ``slot_options`` say; the slots are in
+    :attr:`slots`.  ``options`` are those of
+    :class:`~walproto.upstream.conversation.UpstreamOptions`.  ``failed``
     is called once if the receiving can never go on, with the error: a SyncError, when the disk
     does not keep what it is given.  Nothing is acknowledged from then on, and the program should
     end.
@@ -95,6 +64,7 @@ class WalRelay:
         reactor: Any,
         *,
         failed: Callable[[Exception], None] = lambda error: None,
+        slot_options: SlotOptions | None = None,
         **options: Any,
     ) -> None:
         from walproto.upstream import libpq
@@ -104,14 +74,17 @@ class WalRelay:
         self._options = UpstreamOptions(**options)
         self._directory = Path(directory)
         self._lock = DirectoryLock(self._directory)
+        self._slot_threads = OneThread(reactor, "slots")
+        self.slots = self._read_slots(slot_options or SlotOptions())
         self._reactor = reactor
         self._failed = failed
-        self._threads = OneThread(reactor)
+        self._threads = OneThread(reactor, "disk")
         self._fence = Fence(self._directory)
         self._fence_lsn: int | None = None
         self._received = received = Received()
         received.walked = self._walked
         self.timeline = WalDirectory(directory, reactor, received=received)
+        self._retention = Retention(self.timeline, self.slots, reactor, self._slot_threads)
         self._store = Store(
             self._directory, received, reactor, self._threads, self._progressed, self._broken
         )
@@ -127,20 +100,38 @@ class WalRelay:
         self._newest = self._directory
         self._seen: list[Stamp] = []
 
+    def _read_slots(self, options: SlotOptions) -> Slots:
+        try:
+            return Slots(self._directory, self._slot_threads, options)
+        except (OSError, SyncError, ValueError) as error:
+            self._lock.release()
+            if isinstance(error, OSError):
+                where = error.filename or self._directory
+                raise ValueError(f"{where}: {error.strerror}") from None
+            raise ValueError(str(error)) from None
+
     def start(self) -> None:
         """Find out what the directory holds, serve it, and begin to receive."""
+        self._retention.start()
         self._running = ensureDeferred(self._run())
         self._running.addErrback(self._ended)
 
     def stop(self) -> Deferred[None]:
-        """Receive no more.  Fires when all that was received is on disk."""
+        """Receive no more, remove no more.  Fires when all that was received is on disk, and the
+        slots are; what clients still confirm does not get there."""
         return ensureDeferred(self._stop())
 
     async def _stop(self) -> None:
         if self._running is not None:
             self._running.cancel()
         await self._store.stop()
+        await self._retention.stop()
+        try:
+            await self.slots.stop()
+        except (OSError, SyncError) as error:
+            self._log.critical("cannot save replication slots: {error}", error=error)
         self._threads.stop()
+        self._slot_threads.stop()
         self._lock.release()
 
     async def _run(self) -> None:
@@ -214,7 +205,7 @@ class WalRelay:
             connection,
             self._directory,
             self._store,
-            self.timeline.replicas,
+            self._oldest_xmins,
             self._options,
             self._reactor,
             self._threads,
@@ -225,6 +216,13 @@ class WalRelay:
         finally:
             self._conversation = None
             connection.lose("we are done with it")
+
+    def _oldest_xmins(self) -> tuple[int, int]:
+        """What the replicas need that are connected, and those that are away and have a slot."""
+        xmins, catalog = zip(
+            self.timeline.replicas.oldest_xmins(), self.slots.oldest_xmins(), strict=True
+        )
+        return min(filter(None, xmins), default=0), min(filter(None, catalog), default=0)
 
     def _streaming(self) -> None:
         """WAL is about to come."""

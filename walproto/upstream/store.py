@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
 
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
@@ -25,6 +24,7 @@ from twisted.python.failure import Failure
 
 from walproto.timeline.holding import Holding
 from walproto.timeline.received import Received
+from walproto.timeline.threads import Threads
 from walproto.wal.pages import Identity
 from walproto.wal.writer import SegmentWriter
 
@@ -33,16 +33,6 @@ UNPROVEN = 4 * 1024 * 1024
 
 RETRY = 1.0
 """Seconds between two tries to write."""
-
-
-class Threads(Protocol):
-    """Where the writing is done."""
-
-    def run(self, work: Callable[[], Any]) -> Deferred[Any]:
-        """Run ``work`` in a thread; its result."""
-
-    def tell(self, what: Callable[..., Any], *arguments: Any) -> None:
-        """For ``work`` to have something called in the reactor's thread."""
 
 
 class Store:

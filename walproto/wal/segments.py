@@ -142,6 +142,12 @@ class Segments:
                 f'could not open file "pg_wal/{name}": {error.strerror}', log=log
             ) from None
 
+    def forget_before(self, lsn: int) -> None:
+        """Close the files of segments that end at or before ``lsn``, for they were removed: as
+        long as they are open, they take their room."""
+        for key in [key for key in self._open if (key[1] + 1) * self._identity.segment_size <= lsn]:
+            self._forget(*key)
+
     def close(self) -> None:
         while self._open:
             self._open.popitem()[1].close()
@@ -179,7 +185,9 @@ class Segments:
 
     def _open_segment(self, tli: int, lsn: int) -> _OpenSegment:
         name = self.name(tli, lsn)
-        for path in (self.directory / name, self.directory / f"{name}.partial"):
+        complete, partial = self.directory / name, self.directory / f"{name}.partial"
+        # The last one for a segment that has got its name just between the first two.
+        for path in (complete, partial, complete):
             try:
                 segment = _OpenSegment(str(path))
             except FileNotFoundError:

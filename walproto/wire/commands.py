@@ -19,6 +19,9 @@ from walproto.errors import CommandSyntaxError
 Option = str | int | None
 """A generic option's value; None where only its name was given."""
 
+Options = tuple[tuple[str, Option], ...]
+"""Generic options as they were given, be it twice."""
+
 
 @dataclass(frozen=True, slots=True)
 class IdentifySystem:
@@ -63,7 +66,7 @@ class CreateReplicationSlot:
     slot: str
     plugin: str | None = None
     temporary: bool = False
-    options: Mapping[str, Option] = field(default_factory=dict)
+    options: Options = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,7 @@ class ReadReplicationSlot:
 class AlterReplicationSlot:
     tag = "ALTER_REPLICATION_SLOT"
     slot: str
-    options: Mapping[str, Option] = field(default_factory=dict)
+    options: Options = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +138,17 @@ _COMMANDS = {
     "SHOW",
     "UPLOAD_MANIFEST",
 }
-_PHYSICAL_OPTIONS = {"RESERVE_WAL"}
-_LOGICAL_OPTIONS = {"EXPORT_SNAPSHOT", "NOEXPORT_SNAPSHOT", "USE_SNAPSHOT", "TWO_PHASE"}
+_SLOT_OPTIONS: dict[str, tuple[str, Option]] = {
+    "EXPORT_SNAPSHOT": ("snapshot", "export"),
+    "NOEXPORT_SNAPSHOT": ("snapshot", "nothing"),
+    "USE_SNAPSHOT": ("snapshot", "use"),
+    "RESERVE_WAL": ("reserve_wal", None),
+    "TWO_PHASE": ("two_phase", None),
+}
+"""The words behind CREATE_REPLICATION_SLOT, and the generic options that they became with 15."""
 _KEYWORDS = (
     _COMMANDS
-    | _PHYSICAL_OPTIONS
-    | _LOGICAL_OPTIONS
+    | set(_SLOT_OPTIONS)
     | {"SLOT", "LOGICAL", "PHYSICAL", "TIMELINE", "TEMPORARY", "WAIT"}
 )
 
@@ -228,23 +236,21 @@ class _Parser:
         high, low = self.expect("RECPTR").split("/")
         return _uint32(high, 16) << 32 | _uint32(low, 16)
 
-    def options(self) -> dict[str, Option]:
+    def options(self) -> Options:
         """``( name [value], ... )``, the generic option list of PostgreSQL 15 and newer."""
-        found: dict[str, Option] = {}
+        found: list[tuple[str, Option]] = []
         self.expect("(")
         while True:
-            if self.kind not in _KEYWORDS and self.kind != "IDENT":
-                raise _syntax_error()
-            name = self.advance().lower()
+            name = self.advance().lower() if self.kind in _KEYWORDS else self.expect("IDENT")
             value: Option = None
             if self.kind in ("IDENT", "SCONST"):
                 value = self.advance()
             elif self.kind == "UCONST":
                 value = self.uint32()
-            found[name] = value
+            found.append((name, value))
             if not self.accept(","):
                 self.expect(")")
-                return found
+                return tuple(found)
 
 
 def _uint32(digits: str, base: int) -> int:
@@ -342,17 +348,17 @@ def _create_replication_slot(parser: _Parser) -> CreateReplicationSlot:
         plugin = parser.expect("IDENT")
     if parser.kind == "(" and parser.major >= 15:
         return CreateReplicationSlot(slot, plugin, temporary, parser.options())
-    options: dict[str, Option] = {}
-    while parser.kind in (_PHYSICAL_OPTIONS if plugin is None else _LOGICAL_OPTIONS):
-        options[parser.advance().lower()] = None
-    return CreateReplicationSlot(slot, plugin, temporary, options)
+    options: list[tuple[str, Option]] = []
+    while parser.kind in _SLOT_OPTIONS:
+        options.append(_SLOT_OPTIONS[parser.advance()])
+    return CreateReplicationSlot(slot, plugin, temporary, tuple(options))
 
 
 def _base_backup_options(parser: _Parser) -> dict[str, Option]:
     """Generic options or, up to 14, words, of which it need not be known what they mean to refuse
     them all."""
     if parser.major >= 15:
-        return parser.options() if parser.kind == "(" else {}
+        return dict(parser.options()) if parser.kind == "(" else {}
     options: dict[str, Option] = {}
     while parser.kind == "IDENT":
         name = parser.advance()
