@@ -4,8 +4,9 @@
 
 It starts a primary, `twist walsender` that receives the primary's WAL into an empty directory, and
 a standby that knows only the walsender; makes the walsender the primary's synchronous standby;
-lets pgbench work; kills the walsender and starts it again; and then shows what arrived, how fast,
-and whether it is the same.  It ends by itself, leaves nothing behind, and its exit code is 0 only
+lets pgbench work; kills the walsender and starts it again; lets the standby be away until the
+primary has forgotten the WAL that it misses; and then shows what arrived, how fast, and whether it
+is the same.  It ends by itself, leaves nothing behind, and its exit code is 0 only
 if primary and standby agree in every row, primary and walsender in every byte of WAL.
 
 How it thinks: by the primary's log nobody but the walsender ever asks it for WAL, so whatever the
@@ -16,18 +17,15 @@ and when it was done, the standby, which looks every half millisecond, when it s
 
 from __future__ import annotations
 
-import hashlib
-import platform
-import re
 import signal
-import statistics
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
+from tests.demo_report import SLOT, Absence, Setting, report, segments
 from tests.postgres import (
     HOST,
     Cluster,
@@ -35,37 +33,15 @@ from tests.postgres import (
     Installation,
     WalSender,
     Workspace,
-    identify_system,
     installations,
-    int_to_lsn,
-    is_segment,
     lsn_to_int,
     workspace,
 )
 
 SECONDS_OF_PGBENCH = 5
 COMMITS_TIMED = 30
-TABLES = ("pgbench_accounts", "pgbench_branches", "pgbench_history", "pgbench_tellers", "moments")
-SLOT = "walsender"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What runs."""
-
-    primary: Cluster
-    sender: WalSender
-    archive: Path  # what the walsender receives into
-    standby: Cluster
-    start: str  # where the standby began to stream
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What there is of a table, or of a segment: so many rows, or bytes."""
-
-    size: int
-    checksum: str
+SEGMENTS_MISSED = 6
+STANDBY_SLOT = "standby"
 
 
 def main() -> int:
@@ -110,11 +86,15 @@ def demonstrate(space: Workspace) -> list[str]:
     worst = run_pgbench(setting)
     delays = time_commits(setting)
     setting = kill_walsender(space, setting)
-    say("Waiting until the standby has replayed everything ...")
+    say("Comparing every byte of WAL ...")
     end = setting.primary.lsn()
     setting.standby.wait_replayed(end)
-    say("Comparing every row, and every byte of WAL ...")
-    return report(setting, end, worst, delays)
+    wal = list(segments(setting, end))
+    absence = be_away(setting)
+    say("Waiting until the standby has replayed everything ...")
+    setting.standby.wait_replayed(setting.primary.lsn())
+    say("Comparing every row ...")
+    return report(setting, worst, delays, absence, wal)
 
 
 def say(text: str) -> None:
@@ -134,9 +114,13 @@ def set_up(space: Workspace, installation: Installation) -> Setting:
     archive = space.directory("archive")
     sender = start_walsender(space, primary, archive)
     sender.ready()
+    say("Creating a replication slot for the standby on the walsender, by psql ...")
+    create = f"CREATE_REPLICATION_SLOT {STANDBY_SLOT} PHYSICAL RESERVE_WAL"
+    installation.run("psql", "-Xq", "-c", create, f"{sender.conninfo} replication=true")
     say("Taking a base backup of the primary, without any WAL ...")
     standby = space.add(primary.backup_to(space.path / "standby"))
     say("Starting a standby that knows only the walsender ...")
+    standby.configure(primary_slot_name=STANDBY_SLOT)
     standby.make_standby(sender.conninfo).start()
     standby.wait_until("SELECT status = 'streaming' FROM pg_stat_wal_receiver")
     start = standby.sql("SELECT receive_start_lsn FROM pg_stat_wal_receiver")
@@ -150,8 +134,8 @@ def set_up(space: Workspace, installation: Installation) -> Setting:
 def start_walsender(
     space: Workspace, primary: Cluster, archive: Path, port: int | None = None
 ) -> WalSender:
-    slot = ("--upstream-slot", SLOT, "--upstream-create-slot")
-    return space.add(WalSender(archive, "--upstream", primary.conninfo, *slot, port=port))
+    options = ("--upstream-slot", SLOT, "--upstream-create-slot", "--wal-keep-size", "16MB")
+    return space.add(WalSender(archive, "--upstream", primary.conninfo, *options, port=port))
 
 
 def run_pgbench(setting: Setting) -> int:
@@ -234,101 +218,42 @@ def kill_walsender(space: Workspace, setting: Setting) -> Setting:
     return replace(setting, sender=sender)
 
 
-def contents(cluster: Cluster, table: str) -> Contents:
-    row = cluster.sql(
-        "SELECT count(*), md5(coalesce(string_agg(t::text, ';' ORDER BY t::text), ''))"
-        f" FROM {table} t"
-    )
-    rows, checksum = row.split("|")
-    return Contents(int(rows), checksum)
-
-
-def segments(setting: Setting, end: str) -> Iterator[tuple[str, Contents, Contents]]:
-    """The segments that the primary wrote since the walsender began, up to `end`: what there is
-    of each at the primary and at the walsender."""
-    received = {path.name.removesuffix(".partial"): path for path in setting.archive.iterdir()}
-    first, last_byte = min(filter(is_segment, received)), int_to_lsn(lsn_to_int(end) - 1)
-    row = setting.primary.sql(f"SELECT * FROM pg_walfile_name_offset('{last_byte}')")
-    last, offset = row.split("|")
-    for path in sorted(setting.primary.wal_dir.iterdir()):
-        if is_segment(path.name) and first <= path.name <= last:
-            size = int(offset) + 1 if path.name == last else None
-            files = (path, received.get(path.name))
-            data = [file.read_bytes()[:size] if file else b"" for file in files]
-            here, there = (Contents(len(one), hashlib.md5(one).hexdigest()) for one in data)
-            yield path.name, here, there
-
-
-# -- What is shown -------------------------------------------------------------------------------
-
-
-def report(setting: Setting, end: str, worst: int, delays: list[tuple[float, float]]) -> list[str]:
-    """Print the tables; the sentences that say what is not as it should be."""
+def be_away(setting: Setting) -> Absence:
+    """Let the standby miss some WAL, so much that the primary does not have it any more."""
     primary, sender, standby = setting.primary, setting.sender, setting.standby
-    problems = []
-
-    source = standby.sql("SELECT sender_host || ':' || sender_port FROM pg_stat_wal_receiver")
-    if source != f"{HOST}:{sender.port}":
-        problems.append(f"The standby streams from {source or 'nobody'}, not from the walsender.")
-    clients = primary.sql("SELECT application_name, sync_state FROM pg_stat_replication")
-    asked = set(re.findall(r"command: (START_REPLICATION .*)", primary.log_text()))
-    if clients != "walproto|sync" or {f'"{SLOT}"' in command for command in asked} != {True}:
-        problems.append(f"Not the walsender alone streams from the primary: {clients}, {asked}.")
-    written = primary.sql("SELECT pg_current_wal_flush_lsn()")
-    served = identify_system(primary.installation, sender.port)[2]
-    replayed = standby.replayed_lsn()
-
-    postgres = f"PostgreSQL {primary.installation.version}"
-    walproto = f"walproto, Python {platform.python_version()}"
-    print()
-    show(
-        ["", "what", "port", "pid", "WAL up to"],
-        ["primary", postgres, f"{primary.port}", f"{primary.pid}", f"{written} written"],
-        ["walsender", walproto, f"{sender.port}", f"{sender.pid}", f"{served} on disk"],
-        ["standby", postgres, f"{standby.port}", f"{standby.pid}", f"{replayed} replayed"],
-    )
-    streamed = lsn_to_int(replayed) - lsn_to_int(setting.start)
-    behind = max(0, lsn_to_int(written) - lsn_to_int(replayed))
-    confirmed, shown = (
-        f"{statistics.median(column):.1f} ms median, {max(column):.1f} ms the slowest"
-        for column in zip(*delays, strict=True)
-    )
-    print()
-    show(
-        ["the primary streams to", "the walsender alone, its synchronous standby"],
-        ["the standby streams from", f"{source} (the walsender) alone"],
-        ["streamed", f"{streamed:,} bytes, from {setting.start} to {replayed}"],
-        ["behind at the end", f"{behind:,} bytes ({worst:,} at the worst under pgbench)"],
-        ["commit to confirmed", f"{confirmed}, on the walsender's disk by then"],
-        ["commit to visible", f"{shown}, on the standby"],
-    )
-
-    tables = ((table, contents(primary, table), contents(standby, table)) for table in TABLES)
-    for heads, pairs in (
-        (["table", "rows here", "at the standby"], tables),
-        (["WAL", "bytes here", "at the walsender"], segments(setting, end)),
-    ):
-        lines = [[*heads, "checksum here", "checksum there", ""]]
-        for name, here, there in pairs:
-            verdict = "same" if here == there else "DIFFERENT"
-            if here != there:
-                problems.append(f"{name} differs.")
-            sizes = [f"{here.size:,}", f"{there.size:,}"]
-            lines.append([name, *sizes, here.checksum[:12], there.checksum[:12], verdict])
-        print()
-        show(*lines)
-    return problems
+    say("Stopping the standby; the primary goes on, and forgets WAL as soon as it may ...")
+    standby.stop()
+    needed = restart_segment(setting)
+    primary.configure(wal_keep_size=0)
+    primary.reload()
+    before = primary.lsn()
+    for _ in range(SEGMENTS_MISSED):
+        primary.sql("UPDATE pgbench_branches SET filler = md5(random()::text)")
+        primary.switch_wal()
+    primary.sql("INSERT INTO moments VALUES (-1)")
+    written = lsn_to_int(primary.lsn()) - lsn_to_int(before)
+    primary.sql("CHECKPOINT")
+    say(f"    {written:,} bytes of WAL went by; starting the standby again ...")
+    if (primary.wal_dir / needed).exists():
+        raise Failed(f"The primary still has {needed}, which the standby needs.")
+    if not (setting.archive / needed).exists():
+        raise Failed(f"The walsender has {needed} no longer, which the standby needs.")
+    standby.start()
+    standby.wait_replayed(primary.lsn())
+    removed = ""
+    while removed < needed:
+        removed = sender.expect(r"removed \d+ segments, \S+ to ([0-9A-F]+)")[1]
+    say(f"    it has caught up; then the walsender removed the segments up to {removed}, too")
+    return Absence(written, needed)
 
 
-def show(*rows: list[str]) -> None:
-    """Print rows as columns; numbers go to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (
-            cell.rjust(width) if re.fullmatch(r"[\d,]{1,11}", cell) else cell.ljust(width)
-            for cell, width in zip(row, widths, strict=True)
-        )
-        print(("  " + "   ".join(cells)).rstrip())
+def restart_segment(setting: Setting) -> str:
+    """The segment that the standby's slot has the walsender keep."""
+    read = f"READ_REPLICATION_SLOT {STANDBY_SLOT}"
+    conninfo = f"{setting.sender.conninfo} replication=true"
+    shown = setting.primary.installation.run("psql", "-XAtc", read, conninfo).stdout
+    restart_lsn = shown.split("|")[1]
+    return setting.primary.sql(f"SELECT pg_walfile_name('{restart_lsn}')")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from contextlib import suppress
 import psycopg
 import pytest
 
-from tests.demo import contents
+from tests.demo_report import contents
 from tests.faulty import Disk, a_kill
 from tests.postgres import (
     Cluster,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.demo import contents
+from tests.demo_report import contents
 from tests.postgres import (
     Cluster,
     Installation,
