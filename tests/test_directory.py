@@ -471,6 +471,23 @@ class Holes(InMemory):
         self.assert_served(wal)
         self.assertEqual(self.directory.sendable_to(1, end), 3 * MB)
 
+    def test_a_record_over_two_segments_that_is_not_all_there_is_no_damage(self) -> None:
+        """Not even if what is there of its last page looks like a whole page."""
+        wal = built(1)
+        wal.records_to(2 * MB - 30_000, 5000)
+        record = wal.record(70_000)
+        self.put(wal, MB)
+        self.put(wal, 2 * MB, record.last - 2 * MB - 100)
+        self.start()
+        for _ in range(5):
+            self.look()
+        self.assertEqual(self.directory.commit_lsn, record.start)
+        self.assertEqual(self.directory.sendable_to(1, record.start), record.start)
+        self.assertEqual(self.lines("damaged"), [])
+        self.put(wal, 2 * MB)
+        self.look()
+        self.assert_served(wal)
+
     def test_two_things_that_are_wrong_are_told_once_each(self) -> None:
         wal = built(3.5)
         self.put(wal, MB)

@@ -82,8 +82,10 @@ class Tail:
         return scanner.end >= end
 
     def goes_on_behind(self) -> bool:
-        """Whether the next segment has been begun although the walk stopped before it."""
-        beyond = (self.position // self._identity.segment_size + 1) * self._identity.segment_size
+        """Whether the next segment has been begun although the walk stopped before it.  A record
+        that goes on in there may have been what began it."""
+        size = self._identity.segment_size
+        beyond = (max(self.position, self._scanner.last_page) // size + 1) * size
         found = parse_identity(self._read(beyond, LONG_HEADER.size))
         return found is not None and found[0] == self._identity and found[2] == beyond
 

@@ -93,6 +93,9 @@ class Scanner:
         behind it, be that one good or not; None if there was none."""
         self.reason = ""
         """Why the walk stopped, in PostgreSQL's words."""
+        self.last_page = start
+        """The page that was looked at last; behind :attr:`position` if it showed that a record is
+        wrong which begins in an earlier one."""
 
     @property
     def position(self) -> int:
@@ -128,6 +131,7 @@ class Scanner:
 
     def _walk_page(self, page: memoryview, address: int) -> None:
         """Walk on to the end of this page, in which our position is."""
+        self.last_page = address
         offset = self._position - address
         if offset == 0 and not self._zeros_to:
             offset = self._enter_page(page, address)
