@@ -135,7 +135,8 @@ class Both:
             "SELECT slot_name FROM pg_replication_slots"
             " WHERE slot_name <> 'relay' AND NOT temporary ORDER BY slot_name"
         )
-        states, problems = read_slots(self.relay.directory)
+        file = read_slots(self.relay.directory)
+        states, problems = file.slots, file.problems
         assert problems == []
         assert sorted(state.name for state in states) == theirs.split()
         return theirs.split()

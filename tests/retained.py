@@ -140,12 +140,10 @@ class Kept:
 
     def slot(self, name: str, lsn: int = 0) -> Slot:
         """A slot that reserves WAL from there on, which nobody uses."""
-        self.slots.create(name, Session())
+        self.slots.create(name, Session(), restart_lsn=lsn)
         self.threads.work_all()
         slot = self.slots.get(name)
         assert slot is not None
-        if lsn:
-            self.slots.confirm(slot, lsn)
         return slot
 
     def replica(self, lsn: int) -> Replica:
@@ -191,10 +189,17 @@ def making(path: Path) -> Iterator[Make]:
         assert [event for event in events if "log_failure" in event] == []
 
 
+def cannot_save(one: Kept, problem: str) -> str:
+    """The line that tells of it."""
+    return (
+        f"critical: cannot save replication slots in {one.path}: {problem}: trying again; until "
+        "then they are not created or dropped, and no WAL is removed"
+    )
+
+
 def removed(first: int, last: int, oldest: str, why: str) -> str:
     """The line that tells of it."""
-    count, names = last - first + 1, f"{name_of(first)} to {name_of(last)}"
-    return (
-        f"info: removed {count} segments, {names}: the oldest WAL that is kept is at {oldest}, "
-        f"for {why}"
-    )
+    which = f"1 segment, {name_of(first)}"
+    if last > first:
+        which = f"{last - first + 1} segments, {name_of(first)} to {name_of(last)}"
+    return f"info: removed {which}: the oldest WAL that is kept is at {oldest}, for {why}"

@@ -94,7 +94,8 @@ class Served:
         return sorted(slot.name for slot in self.slots)
 
     def names_on_disk(self) -> list[str]:
-        states, problems = read_slots(self.directory)
+        file = read_slots(self.directory)
+        states, problems = file.slots, file.problems
         assert problems == []
         return sorted(state.name for state in states)
 

@@ -38,7 +38,7 @@ KEEP = 2
 MUCH = 24 * SEGMENT
 """Much more than can be on its way to a client."""
 
-REMOVED = re.compile(r"removed \d+ segments, (\w{24})\S* to (\w{24})\S*: (.*)")
+REMOVED = re.compile(r"removed \d+ segments?, (?:\w{24}\S* to )?(\w{24})\S*: (.*)")
 PID = r'"{}" \(pid (\d+), .* streams from'
 
 
@@ -212,11 +212,11 @@ def wait_removed(relay: Relay, first: int) -> str:
     see that they are, and no more; why it goes no further."""
     while True:
         said = REMOVED.findall(relay.output)
-        if said and number_of(said[-1][1]) >= first - 1:
+        if said and number_of(said[-1][0]) >= first - 1:
             break
         relay.expect(REMOVED.pattern)
     assert numbers(relay.directory)[0] == first
-    why: str = said[-1][2]
+    why: str = said[-1][1]
     return why
 
 

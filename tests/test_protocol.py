@@ -439,7 +439,7 @@ class Defects(SynchronousTestCase):
         self.assertEqual(list(timeline.replicas), [])
 
     def test_so_does_one_that_is_waited_for(self) -> None:
-        def write_slots(directory: Path, states: object) -> None:
+        def write_slots(directory: Path, states: object, removed_to: int) -> None:
             raise RuntimeError("a defect")
 
         clock, threads = Clock(), HeldThreads()

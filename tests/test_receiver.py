@@ -121,7 +121,9 @@ class _Streams:
         replicas: Replicas | None = None,
         held: int = 0,
     ) -> Streaming:
-        terms = Terms(timeout, flush_from, xmins=None if replicas is None else replicas.oldest_xmins)
+        terms = Terms(
+            timeout, flush_from, xmins=None if replicas is None else replicas.oldest_xmins
+        )
         self.made.append(Streaming(self.directory, terms, held))
         return self.made[-1]
 

@@ -12,13 +12,25 @@ from pathlib import Path
 import pytest
 
 from tests.disk import Disk
-from tests.retained import CURRENT, FIRST, LAST, OTHER, Make, Session, making, name_of, put, removed
+from tests.retained import (
+    CURRENT,
+    FIRST,
+    LAST,
+    OTHER,
+    Make,
+    Session,
+    making,
+    name_of,
+    put,
+    removed,
+)
 from tests.wal_builder import MAGIC, MB, SYSTEM, WalBuilder
 from walproto.errors import UndefinedFile
+from walproto.timeline import retention
 from walproto.timeline.history import History
 from walproto.timeline.proofs import Proofs
-from walproto.timeline.retention import INTERVAL, remove_segments
-from walproto.timeline.slot_file import SlotState, write_slots
+from walproto.timeline.retention import INTERVAL, old_segments, remove_segments
+from walproto.timeline.slot_file import SlotState, read_slots, write_slots
 from walproto.wal.pages import FORMATS, Identity
 from walproto.wal.segments import Segments, Stamp, stamp_of
 
@@ -73,6 +85,8 @@ def test_the_files_of_removed_segments_are_closed(kept: Make) -> None:
     for segno in range(FIRST, CURRENT):
         one.timeline.read_into(1, segno * MB, memoryview(bytearray(100)))
     one.clock.advance(INTERVAL)
+    one.threads.work()  # it is saved
+    one.threads.work()  # it is seen what there is
     one.threads.begin()
     assert len(deleted()) > 5  # the newest are read from memory
     one.threads.finish()
@@ -122,8 +136,7 @@ def test_a_replica_that_begins_while_its_wal_is_being_removed(kept: Make) -> Non
     one.clock.advance(INTERVAL)
     one.timeline.add_observer(observer)
     assert one.timeline.sendable_to(1, 104 * MB) == 104 * MB  # not yet proven
-    one.threads.begin()
-    one.threads.finish()
+    one.threads.work_all()
     one.clock.advance(0)
     assert told[-1] == f"requested WAL segment {name_of(104)} has already been removed"
 
@@ -145,7 +158,7 @@ def test_a_record_whose_beginning_is_removed_while_it_is_proven(tmp_path: Path) 
             data = super().read(tli, lsn, size)
             self.reads += lsn < 103 * MB
             if self.reads == 1:
-                remove_segments(tmp_path, SYSTEM, MB, 103)
+                remove_segments(tmp_path, SYSTEM, old_segments(tmp_path, MB, 103))
             return data
 
     proofs = Proofs(Removing(tmp_path, IDENTITY), IDENTITY, History(1))
@@ -187,25 +200,34 @@ def test_what_slots_do_while_they_are_saved_counts(kept: Make) -> None:
 # --- The end, and another beginning --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["saving", "removing"])
-def test_it_is_stopped_in_the_middle(kept: Make, what: str) -> None:
-    """That comes to its end, and then nothing else is done."""
+@pytest.mark.parametrize(
+    ("jobs", "first"),
+    [(0, FIRST), (1, FIRST), (2, FIRST), (3, FIRST + 4), (4, FIRST + 8), (5, CURRENT - 1)],
+)
+def test_it_is_stopped_in_the_middle(
+    kept: Make, monkeypatch: pytest.MonkeyPatch, jobs: int, first: int
+) -> None:
+    """What is under way comes to its end, and then nothing else is removed."""
+    monkeypatch.setattr(retention, "BATCH", 4)
     one = kept(wal_keep_size=0)
-    if what == "saving":
-        one.slot("near", CURRENT * MB)
+    near = one.slot("near", (CURRENT - 1) * MB)
+    one.slots.confirm(near, CURRENT * MB)
     one.clock.advance(INTERVAL)
+    for _ in range(jobs):  # positions are saved, and how far it will go; what there is; batches
+        one.threads.work()
+    assert one.threads.waiting == 1
     one.threads.begin()
     stopped: list[None] = []
     one.retention.stop().addCallback(stopped.append)
     assert stopped == []
     one.threads.finish()
+    one.threads.work_all()
     assert stopped == [None]
-    before = one.there()
-    assert before[0] == (FIRST if what == "saving" else CURRENT - 1)
+    assert one.there()[0] == first
     one.come(LAST)
     one.clock.advance(10 * INTERVAL)
     assert one.threads.waiting == 0
-    assert one.there()[0] == before[0]
+    assert one.there()[0] == first
 
 
 def test_it_is_stopped_when_nothing_is_under_way(kept: Make) -> None:
@@ -237,47 +259,28 @@ def test_after_a_crash_slots_reserve_what_there_is(kept: Make) -> None:
     assert away.restart_lsn == 106 * MB
 
 
-def saved_at(path: Path, lsn: int) -> None:
-    """Have a slot on disk, which was saved when it was there."""
-    write_slots(path, [SlotState("away", lsn)])
-
-
-@pytest.mark.parametrize("left", [[101], [100, 102, 103], [99, 101]])
-def test_behind_a_hole_there_is_what_slots_may_reserve(kept: Make, left: list[int]) -> None:
-    """Of a removal that was interrupted by a loss of power some segments may come back."""
-    one = kept()
-    one.stop()
-    for segno in range(FIRST, 105):
-        (one.path / name_of(segno)).unlink()
-    put(one.path, *left)
-    saved_at(one.path, 101 * MB)
-    one.restart(wal_keep_size=0)
-    (away,) = one.slots
-    assert away.restart_lsn == 105 * MB
-    assert one.look()[0] == 105
-
-
-def test_another_clusters_segments_are_not_what_slots_may_reserve(kept: Make) -> None:
-    one = kept(wal_keep_size=0)
-    saved = one.slot("away", 104 * MB)
-    assert one.look()[0] == 104
-    put(one.path, 90, system=OTHER)
-    saved_at(one.path, 95 * MB)
-    one.restart(wal_keep_size=0)
-    (saved,) = one.slots
-    assert saved.restart_lsn == 104 * MB
-
-
-def test_positions_that_cannot_be_saved_keep_no_wal(
-    kept: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After a crash they would not matter."""
+def test_what_a_loss_of_power_brings_back_is_removed_again(kept: Make) -> None:
+    """Of segments that were being removed, any; no slot can reserve them."""
     one = kept(wal_keep_size=0)
     away = one.slot("away", 103 * MB)
     assert one.look()[0] == 103
-    disk = Disk(one.path, monkeypatch)
-    disk.failing = {"rename walproto.slots": errno.EIO}
-    one.slots.confirm(away, 108 * MB)
-    assert one.look()[0] == 108
+    for segnos in ([100, 102], [99, 100]):
+        put(one.path, *segnos)
+        one.restart(wal_keep_size=0)
+        (away,) = one.slots
+        assert away.restart_lsn == 103 * MB
+        one.slots.confirm(away, 101 * MB)
+        assert away.restart_lsn == 103 * MB
+        assert one.look()[0] == 103
+
+
+def test_what_is_removed_once_no_slot_reserves_any_more(kept: Make) -> None:
+    """Whatever has become of the WAL since: what its position was, is not known."""
+    one = kept(wal_keep_size=0)
+    one.stop()
+    states = [SlotState("away", 101 * MB), SlotState("near", 108 * MB), SlotState("unused", 0)]
+    write_slots(one.path, states, 105 * MB)
     one.restart(wal_keep_size=0)
-    assert [slot.restart_lsn for slot in one.slots] == [108 * MB]
+    assert [slot.restart_lsn for slot in one.slots] == [105 * MB, 108 * MB, 0]
+    assert one.look()[0] == 105
+    assert read_slots(one.path).removed_to == 105 * MB

@@ -5,13 +5,24 @@ What real servers answer to the same is in test_slot_answers.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from twisted.logger import LogLevel, capturedLogs, formatEvent
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent, LogLevel, capturedLogs, formatEvent
 
-from tests.fakes import SEGMENT, START, SYNC, TERMINATE, message, query
+from tests.fakes import (
+    SEGMENT,
+    START,
+    SYNC,
+    TERMINATE,
+    Client,
+    MemoryTimeline,
+    message,
+    query,
+    server,
+)
 from tests.slots_in_memory import DROPPED, Served, active, created, missing
 from walproto.lsn import format_lsn
 
@@ -30,6 +41,12 @@ def no_defects() -> Iterator[None]:
     with capturedLogs() as events:
         yield
     assert [formatEvent(event) for event in events if event["log_level"] >= LogLevel.error] == []
+
+
+def told(events: Sequence[LogEvent]) -> str:
+    """What the operator is told of one error, behind the client's address."""
+    (line,) = [formatEvent(event) for event in events if event["log_level"] == LogLevel.warn]
+    return line.partition(": ")[2]
 
 
 # --- created, read, dropped ---------------------------------------------------------------------
@@ -155,7 +172,12 @@ def test_there_are_no_more_than_there_may_be(tmp_path: Path, major: int) -> None
         f"ERROR 53400: all replication slots are in use | H: Free one or increase {setting}.",
         "Z I",
     ]
-    assert other.send(query("CREATE_REPLICATION_SLOT c PHYSICAL")) == full
+    with capturedLogs() as events:
+        assert other.send(query("CREATE_REPLICATION_SLOT c PHYSICAL")) == full
+    assert told(events) == (
+        "ERROR 53400: all replication slots are in use (drop one, or increase "
+        "--max-replication-slots)"
+    )
     # What is wrong with the command comes first.
     assert "already exists" in other.send(query("CREATE_REPLICATION_SLOT a PHYSICAL"))[0]
     assert "invalid character" in other.send(query('CREATE_REPLICATION_SLOT "C" PHYSICAL'))[0]
@@ -172,6 +194,21 @@ def test_where_there_may_be_none(tmp_path: Path, major: int) -> None:
     assert answer[0].startswith("ERROR 53400: all replication slots are in use")
     answer = client.send(query("CREATE_REPLICATION_SLOT s LOGICAL p"))
     assert answer[0].startswith("ERROR 55000: replication slots can only be used if")
+
+
+@pytest.mark.parametrize("major", MAJORS)
+def test_where_there_can_be_none(major: int) -> None:
+    """The operator has nothing to increase then."""
+    clock = Clock()
+    client = Client(server(MemoryTimeline(major=major), clock), clock)
+    client.start_up()
+    with capturedLogs() as events:
+        answer = client.send(query("CREATE_REPLICATION_SLOT s PHYSICAL"))
+    assert answer[0].startswith("ERROR 53400: all replication slots are in use")
+    assert told(events) == (
+        "ERROR 53400: all replication slots are in use (there are slots only on WAL that is "
+        "received (--upstream): let the client do without one)"
+    )
 
 
 @pytest.mark.parametrize(

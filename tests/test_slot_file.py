@@ -9,7 +9,7 @@ import json
 import os
 import random
 import resource
-import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.disk import Disk, files
-from walproto.timeline.slot_file import DAMAGED, NAME, SlotState, read_slots, write_slots
+from tests.slots_fakes import quick_directory
+from walproto.timeline.slot_file import (
+    DAMAGED,
+    NAME,
+    SPARE,
+    SPARE_SIZE,
+    SlotFile,
+    SlotState,
+    read_slots,
+    write_slots,
+)
 from walproto.wal.writer import SyncError
 
 A = SlotState("a", 0x16_B374D848, 745, 700)
 B = SlotState("standby_2", 0, invalidated="wal_removed")
 C = SlotState("c" * 63, 0, 1 << 40)
+GONE = 0x16_B3000000
 WRITTEN = b"""\
-6be1ec23 {"slots": 3}
+6f4be4bf {"slots": 3, "removed_to": "16/B3000000"}
 c49fdab4 {"name": "a", "restart_lsn": "16/B374D848", "xmin": 745, "catalog_xmin": 700, \
 "invalidated": ""}
 ae8a245d {"name": "standby_2", "restart_lsn": "0/0", "xmin": 0, "catalog_xmin": 0, \
@@ -54,10 +65,16 @@ def read(directory: Path, contents: bytes) -> tuple[list[SlotState], list[str]]:
     for path in directory.iterdir():
         path.unlink()
     (directory / NAME).write_bytes(contents)
-    slots, problems = read_slots(directory)
-    kept = {DAMAGED: contents} if problems else {}
+    file = read_slots(directory)
+    kept = {DAMAGED: contents} if file.problems else {}
     assert files(directory) == {NAME: contents} | kept
-    return slots, problems
+    return file.slots, file.problems
+
+
+@pytest.fixture
+def quick() -> Iterator[Path]:
+    with quick_directory() as name:
+        yield Path(name)
 
 
 # --- What was written ------------------------------------------------------------------------
@@ -71,24 +88,31 @@ states = st.one_of(
 
 
 @settings(deadline=None, derandomize=True, max_examples=100)
-@given(st.lists(st.lists(states, max_size=20, unique_by=lambda state: state.name), max_size=3))
-def test_what_was_written_last_is_read(written: list[list[SlotState]]) -> None:
-    with tempfile.TemporaryDirectory() as name:
-        for slots in ([], *written):
-            write_slots(Path(name), iter(slots))
-            assert read_slots(Path(name)) == (slots, [])
-        assert [path.name for path in Path(name).iterdir()] == [NAME]
+@given(
+    st.lists(
+        st.tuples(st.lists(states, max_size=20, unique_by=lambda state: state.name), numbers),
+        max_size=3,
+    )
+)
+def test_what_was_written_last_is_read(written: list[tuple[list[SlotState], int]]) -> None:
+    with quick_directory() as name:
+        write_slots(Path(name), [])
+        assert read_slots(Path(name)) == SlotFile([], 0)
+        for slots, removed_to in written:
+            write_slots(Path(name), iter(slots), removed_to)
+            assert read_slots(Path(name)) == SlotFile(slots, removed_to)
+        assert {path.name for path in Path(name).iterdir()} == {NAME, SPARE}
 
 
 def test_it_is_written_as_it_always_was(tmp_path: Path) -> None:
-    write_slots(tmp_path, [A, B, C])
-    assert files(tmp_path) == {NAME: WRITTEN}
+    write_slots(tmp_path, [A, B, C], GONE)
+    assert files(tmp_path) == {NAME: WRITTEN, SPARE: bytes(SPARE_SIZE)}
     assert [checked(line[9:-1].decode()) for line in LINES] == LINES
 
 
 def test_where_there_is_no_file_there_are_no_slots(tmp_path: Path) -> None:
     (tmp_path / f"{NAME}.tmp").write_bytes(WRITTEN)  # nobody was told of these
-    assert read_slots(tmp_path) == ([], [])
+    assert read_slots(tmp_path) == SlotFile([])
     assert files(tmp_path) == {f"{NAME}.tmp": WRITTEN}
 
 
@@ -102,13 +126,14 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> None:
             write_slots(tmp_path, [A, B])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert read_slots(tmp_path) == ([A, B, C], [])
+    assert read_slots(tmp_path) == SlotFile([A, B, C])
+    assert (tmp_path / SPARE).exists()  # this is no matter of room
 
 
 # --- What was damaged ------------------------------------------------------------------------
 
 
-def test_a_byte_that_is_damaged_costs_one_slot_at_most(tmp_path: Path) -> None:
+def test_a_byte_that_is_damaged_costs_one_slot_at_most(quick: Path) -> None:
     """Whichever it is, and whatever becomes of it; none if it ends a line or begins the file."""
     some = random.Random(9)
     numbered = [(at, number) for number, line in enumerate(LINES, 1) for at in range(len(line))]
@@ -116,11 +141,11 @@ def test_a_byte_that_is_damaged_costs_one_slot_at_most(tmp_path: Path) -> None:
         old = WRITTEN[offset]
         others = {old ^ 1 << some.randrange(8), some.randrange(256), some.choice(b'\n\r a0{}"\0')}
         for new in others - {old}:
-            slots, problems = read(
-                tmp_path, WRITTEN[:offset] + bytes([new]) + WRITTEN[offset + 1 :]
-            )
+            slots, problems = read(quick, WRITTEN[:offset] + bytes([new]) + WRITTEN[offset + 1 :])
             line = LINES[number - 1]
-            is_lost = number > 1 and at < len(line) - 1
+            is_end = at == len(line) - 1
+            assert read_slots(quick).removed_to == (GONE if number > 1 or is_end else 0)
+            is_lost = number > 1 and not is_end
             assert slots == [slot for its, slot in OF_LINE.items() if not is_lost or its != line]
             assert problems[0].startswith(f"line {number} is damaged"), (offset, new)
             # The checksum is at fault, or what comes behind the name.
@@ -129,13 +154,13 @@ def test_a_byte_that_is_damaged_costs_one_slot_at_most(tmp_path: Path) -> None:
                 assert problems == [named, "it holds 2 slots, where there should be 3"]
 
 
-def test_a_file_that_is_cut_short_holds_what_is_before_that(tmp_path: Path) -> None:
+def test_a_file_that_is_cut_short_holds_what_is_before_that(quick: Path) -> None:
     for length in range(len(WRITTEN)):
-        slots, problems = read(tmp_path, WRITTEN[:length])
+        slots, problems = read(quick, WRITTEN[:length])
         assert slots == [slot for line, slot in OF_LINE.items() if line[:-1] in WRITTEN[:length]]
         assert problems, length
         assert (HEADLESS in problems) == (length < len(LINES[0]) - 1)
-    assert read(tmp_path, WRITTEN) == ([A, B, C], [])
+    assert read(quick, WRITTEN) == ([A, B, C], [])
 
 
 @pytest.mark.parametrize("count", range(4))
@@ -173,13 +198,18 @@ def test_what_is_no_file_of_slots_holds_none(tmp_path: Path, contents: bytes) ->
     assert problems[-1] == HEADLESS
 
 
-def test_a_damaged_file_is_kept_until_the_next_one_is(tmp_path: Path) -> None:
-    for contents in (WRITTEN[:-1], WRITTEN[:-9]):
+def test_the_first_damaged_file_is_kept_until_somebody_takes_it_away(tmp_path: Path) -> None:
+    """It is the one in which most is left."""
+    first, later = WRITTEN[:-9], WRITTEN[:-99]
+    for contents, kept in ((first, first), (later, first), (later, later)):
         (tmp_path / NAME).write_bytes(contents)
-        slots, _ = read_slots(tmp_path)
-        write_slots(tmp_path, slots)
-        assert read_slots(tmp_path) == (slots, [])
-        assert (tmp_path / DAMAGED).read_bytes() == contents
+        file = read_slots(tmp_path)
+        assert (len(file.slots), len(file.problems)) == (2, 2)
+        write_slots(tmp_path, file.slots, file.removed_to)
+        assert read_slots(tmp_path) == SlotFile([A, B], GONE)
+        assert (tmp_path / DAMAGED).read_bytes() == kept
+        if contents == later:
+            (tmp_path / DAMAGED).unlink()
 
 
 # --- What cannot be read, or not be kept -----------------------------------------------------
@@ -212,15 +242,17 @@ def test_what_may_not_be_read_is_an_error(tmp_path: Path) -> None:
 def test_what_cannot_be_kept_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     damaged = WRITTEN[:-2]
     (tmp_path / NAME).write_bytes(damaged)
-    (tmp_path / DAMAGED).mkdir()
+    (tmp_path / f"{DAMAGED}.tmp").mkdir()
     with pytest.raises(IsADirectoryError):
         read_slots(tmp_path)
-    (tmp_path / DAMAGED).rmdir()
+    (tmp_path / f"{DAMAGED}.tmp").rmdir()
     disk = Disk(tmp_path, monkeypatch)
-    disk.failing["fsync"] = errno.EIO
-    with pytest.raises(SyncError, match="Input/output error"):
-        read_slots(tmp_path)
-    assert (tmp_path / NAME).read_bytes() == damaged
+    for which in (NAME, f"{DAMAGED}.tmp"):
+        disk.failing = {f"fsync {which}": errno.EIO}
+        with pytest.raises(SyncError, match="Input/output error"):
+            read_slots(tmp_path)
+        assert (tmp_path / NAME).read_bytes() == damaged
+        assert not (tmp_path / DAMAGED).exists()
 
 
 # --- What nobody has damaged, and is wrong all the same --------------------------------------
@@ -239,13 +271,16 @@ def test_values_that_a_later_version_has_added_are_passed_over(tmp_path: Path) -
     """A slot is a promise; it would not be kept by forgetting of it."""
     values = GOOD | {"two_phase": True, "spill": [1, "x"], "": None}
     assert behind(tmp_path, values) == ([A, D, C], [])
-    header = checked('{"slots": 1, "version": 2}')
+    header = checked('{"slots": 1, "removed_to": "1/0", "version": 2}')
     assert read(tmp_path, header + LINES[1]) == ([A], [])
+    assert read_slots(tmp_path).removed_to == 1 << 32
 
 
 def test_values_that_an_earlier_version_did_not_have_are_none(tmp_path: Path) -> None:
     values = {"name": "d", "restart_lsn": "1/2"}
     assert behind(tmp_path, values) == ([A, SlotState("d", D.restart_lsn), C], [])
+    assert read(tmp_path, checked('{"slots": 1}') + LINES[1]) == ([A], [])
+    assert read_slots(tmp_path) == SlotFile([A], 0)
 
 
 def test_a_slot_that_is_invalidated_reserves_nothing(tmp_path: Path) -> None:
@@ -270,6 +305,13 @@ def test_values_that_cannot_be_cost_one_slot(tmp_path: Path, key: str) -> None:
         assert slots == [A, C], value
         assert problems[0].startswith("line 3 is damaged")
         assert problems[1:] == ["it holds 2 slots, where there should be 3"]
+
+
+def test_how_far_wal_was_removed_is_a_position(tmp_path: Path) -> None:
+    for value in WRONG["restart_lsn"]:
+        header = checked(json.dumps({"slots": 1, "removed_to": value}))
+        assert read(tmp_path, header + LINES[1]) == ([A], ["line 1 is damaged", HEADLESS])
+        assert read_slots(tmp_path).removed_to == 0
 
 
 @pytest.mark.parametrize("key", ["name", "restart_lsn"])
@@ -307,10 +349,10 @@ lines = st.one_of(
 @settings(deadline=None, derandomize=True, max_examples=300)
 @given(st.lists(lines, max_size=6).map(b"".join))
 def test_whatever_it_holds_what_is_read_can_be_written(contents: bytes) -> None:
-    with tempfile.TemporaryDirectory() as name:
+    with quick_directory() as name:
         slots, problems = read(Path(name), contents)
         for line, slot in OF_LINE.items():
             assert slot in slots or line not in contents
         assert all(line.isprintable() for line in problems)
         write_slots(Path(name), slots)
-        assert read_slots(Path(name)) == (slots, [])
+        assert read_slots(Path(name)) == SlotFile(slots)

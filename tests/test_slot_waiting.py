@@ -222,7 +222,7 @@ def test_one_that_was_cancelled_goes_on_with_what_comes_next(served: Served) -> 
 def break_disk(served: Served, error: Exception) -> None:
     """Let what is to be written fail."""
 
-    def write_slots(directory: Path, states: object) -> None:
+    def write_slots(directory: Path, states: object, removed_to: int) -> None:
         raise error
 
     with pytest.MonkeyPatch.context() as patch:

@@ -100,6 +100,14 @@ def test_those_that_come_while_it_is_saved_are_saved_together(setting: Setting) 
     assert setting.threads.work_all() == 1
     assert all(other.called for other in others)
     assert setting.on_disk() == {"a": 0, "b": 0, "c": 0}
+    # So are those that follow upon a save.
+    for name in "abc":
+        setting.slots.save().addCallback(
+            lambda _, name: setting.slots.create(name, setting.one), name * 2
+        )
+    setting.threads.work()
+    assert setting.threads.work_all() == 2
+    assert len(setting.on_disk()) == 6
 
 
 @breaking

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from twisted.logger import capturedLogs
 
+from tests.disk import Disk
 from tests.slots_fakes import Breaking, Session, Setting, breaking, failure
 from tests.threads_fakes import AtOnce
 from tests.upstream_fakes import HeldThreads, Logged
 from walproto.errors import AdminShutdown, ObjectNotInPrerequisiteState
-from walproto.timeline.slot_file import DAMAGED, NAME, SlotState, read_slots, write_slots
-from walproto.timeline.slots import SlotOptions, Slots
+from walproto.timeline.slot_file import DAMAGED, NAME, SlotFile, SlotState, read_slots, write_slots
+from walproto.timeline.slots import SlotOptions, Slots, SlotsError
 from walproto.wal.writer import SyncError
 
 
@@ -47,6 +49,7 @@ def test_positions_are_saved_when_they_are_far_enough_from_those_on_disk(setting
         assert slots.is_saved(1000) == is_saved
         assert not slots.is_saved(1)
     saved = slots.save()
+    slots.confirm(slot, 7900)
     threads.begin()
     slots.confirm(slot, 8000)
     assert not saved.called
@@ -56,6 +59,39 @@ def test_positions_are_saved_when_they_are_far_enough_from_those_on_disk(setting
     assert not slots.is_saved(1000)
     slots.confirm(slot, 7000)
     assert slots.is_saved(1000)
+
+
+def test_a_slot_that_nobody_uses_is_saved_as_it_is(setting: Setting) -> None:
+    """Nothing more comes of it that would have it saved."""
+    slots, threads = setting.slots, setting.threads
+    setting.create("s", restart_lsn=5000)
+    slot = slots.acquire("s", setting.one)
+
+    def is_saved_in_use_and_later() -> list[bool]:
+        slot.holder = setting.one
+        now = slots.is_saved(1000)
+        slots.release(slot)
+        later = slots.is_saved(1000)
+        slots.save()
+        threads.work_all()
+        assert slots.is_saved(1000)
+        return [now, later]
+
+    assert is_saved_in_use_and_later() == [True, True]
+    slots.confirm(slot, 5001)
+    assert is_saved_in_use_and_later() == [True, False]
+    # That there is an xmin matters at once, and which one it is, when nobody tells another.
+    for xmin, catalog_xmin, now in [
+        *((700, 0, False), (701, 0, True), (701, 650, False), (701, 651, True)),
+        *((0, 651, False), (0, 0, False)),
+    ]:
+        slot.xmin, slot.catalog_xmin = xmin, catalog_xmin
+        assert is_saved_in_use_and_later() == [now, False]
+        (state,) = read_slots(setting.directory).slots
+        assert state == SlotState("s", 5001, xmin, catalog_xmin)
+    assert is_saved_in_use_and_later() == [True, True]
+    slots.invalidate_before(6000)
+    assert is_saved_in_use_and_later() == [False, False]
 
 
 def test_a_slot_is_not_missed_before_it_is_there_nor_when_it_is_gone(setting: Setting) -> None:
@@ -73,22 +109,22 @@ def test_a_slot_is_not_missed_before_it_is_there_nor_when_it_is_gone(setting: Se
     assert setting.on_disk() == {"new": 500}
 
 
-def test_whoever_no_longer_waits_for_a_change_does_not_undo_it_on_disk_only(
-    setting: Setting,
-) -> None:
-    """What was wanted by nobody any more and came to the disk all the same is found out."""
+@pytest.mark.parametrize("what", ["create", "drop"])
+def test_what_nobody_waits_for_any_longer_is_not_left_on_disk(setting: Setting, what: str) -> None:
+    """A creation or a removal that was cancelled, and is on disk nevertheless."""
     slots, threads = setting.slots, setting.threads
     setting.create("s")
-    done = [slots.create("new", setting.two)]
+    if what == "create":
+        done = slots.create("new", setting.two)
+    else:
+        done = slots.drop(slots.acquire("s", setting.one))
     threads.begin()
-    done.append(slots.drop(slots.acquire("s", setting.one)))
-    for one in done:
-        one.cancel()
-        failure(one)
+    done.cancel()
+    failure(done)
     threads.finish()
-    threads.begin()
     assert [slot.name for slot in slots] == ["s"]
-    threads.finish()
+    assert setting.on_disk() != {"s": 0}
+    assert not slots.is_saved(1)
     slots.save()
     threads.work_all()
     assert slots.is_saved(1)
@@ -153,7 +189,6 @@ def test_an_invalidation_that_was_saved_stays(setting: Setting) -> None:
     assert saved.called
     assert slots.is_saved(1)
     restored = setting.restart()
-    restored.recover(500)
     assert [(slot.restart_lsn, slot.invalidated) for slot in restored] == [
         (0, "wal_removed"),
         (1000, ""),
@@ -183,10 +218,9 @@ def test_they_are_restored_as_they_were_saved(tmp_path: Path, logged: Logged) ->
     assert logged.lines() == []
 
 
-def test_those_that_seem_to_reserve_what_is_gone_have_been_further_on(tmp_path: Path) -> None:
-    write_slots(tmp_path, STATES)
+def test_none_reserves_what_is_gone_or_was_about_to_be(tmp_path: Path) -> None:
+    write_slots(tmp_path, STATES, 3000)
     slots = Slots(tmp_path, AtOnce())
-    slots.recover(3000)
     assert {slot.name: slot.restart_lsn for slot in slots} == {"a": 5000, "b": 0, "c": 0, "d": 3000}
     assert not slots.is_saved(100)
     # What is gone cannot be reserved from now on, either.
@@ -198,6 +232,31 @@ def test_those_that_seem_to_reserve_what_is_gone_have_been_further_on(tmp_path: 
         "d": 3000,
         "e": 3000,
     }
+    assert read_slots(tmp_path).removed_to == 3000
+
+
+def test_how_far_wal_is_removed_is_saved_with_them(setting: Setting) -> None:
+    """And is never less than it was."""
+    slots, threads = setting.slots, setting.threads
+    setting.create("s", restart_lsn=5000)
+    assert read_slots(setting.directory).removed_to == 0
+    slots.keep_from(3000)
+    assert read_slots(setting.directory).removed_to == 0
+    saved = slots.save()
+    slots.keep_from(4000)  # too late for that
+    threads.work()
+    assert saved.called
+    assert read_slots(setting.directory).removed_to == 3000
+    slots.keep_from(2000)
+    slots.save()
+    threads.work_all()
+    restored = setting.restart()
+    restored.save()
+    threads.work_all()
+    assert read_slots(setting.directory).removed_to == 4000
+    (slot,) = restored
+    restored.confirm(slot, 1000)
+    assert slot.restart_lsn == 4000
 
 
 def test_more_than_there_may_be_is_an_error(tmp_path: Path) -> None:
@@ -206,11 +265,11 @@ def test_more_than_there_may_be_is_an_error(tmp_path: Path) -> None:
     before = (tmp_path / NAME).read_bytes()
     assert len(Slots(tmp_path, AtOnce(), SlotOptions(max_replication_slots=4))) == 4
     for at_most in (3, 0):
-        with pytest.raises(ValueError, match="there are") as caught:
+        with pytest.raises(SlotsError) as caught:
             Slots(tmp_path, AtOnce(), SlotOptions(max_replication_slots=at_most))
         assert str(caught.value) == (
-            f"there are 4 replication slots in {tmp_path / NAME}, and max_replication_slots is "
-            f"{at_most}: increase it"
+            f"there are 4 replication slots in {tmp_path / NAME}, more than max_replication_slots, "
+            f"which is {at_most}: increase that"
         )
     assert (tmp_path / NAME).read_bytes() == before
 
@@ -223,17 +282,47 @@ def test_a_damaged_file_is_told_of_and_mended(tmp_path: Path, logged: Logged) ->
     assert [slot.state() for slot in slots] == STATES[:-1]
     assert logged.lines() == [
         f'critical: {tmp_path / NAME}: line 5 is damaged (slot "d", it seems); it holds 3 slots, '
-        "where there should be 4: it is kept as walproto.slots.damaged; slots that are missing now "
-        "have to be created again, and nothing keeps WAL for them until then"
+        "where there should be 4: it is kept as walproto.slots.damaged, and no WAL is removed as "
+        "long as that is there: see which slots are missing, and create them again"
     ]
+    assert slots.is_damaged
     assert not slots.is_saved(1)
     assert slots.save().called
     assert slots.is_saved(1)
-    assert read_slots(tmp_path) == (STATES[:-1], [])
+    assert read_slots(tmp_path) == SlotFile(STATES[:-1])
     assert (tmp_path / DAMAGED).read_bytes() == damaged
+    # It is told once, but as long as nobody has taken it away, slots may be missing.
+    slots = Slots(tmp_path, AtOnce())
+    assert logged.lines() == []
+    assert slots.is_damaged
+    assert slots.is_saved(1)
+    (tmp_path / DAMAGED).unlink()
+    assert not slots.is_damaged
 
 
-def test_a_file_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path) -> None:
-    (tmp_path / NAME).mkdir()
-    with pytest.raises(IsADirectoryError):
-        Slots(tmp_path, AtOnce())
+def test_a_file_that_cannot_be_read_is_not_taken_for_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / NAME
+    path.mkdir()
+    (tmp_path / "file").touch()
+    for directory, problem in (
+        (tmp_path, f"{path}: Is a directory"),
+        (tmp_path / "file", f"{tmp_path / 'file' / NAME}: Not a directory"),
+    ):
+        with pytest.raises(SlotsError) as caught:
+            Slots(directory, AtOnce())
+        assert str(caught.value) == problem
+    path.rmdir()
+    path.write_bytes(b"damaged")
+    disk = Disk(tmp_path, monkeypatch)
+    for call, number, problem in (
+        (f"open {NAME}", errno.EIO, f"{path}: Input/output error"),
+        (f"fsync {NAME}", errno.EIO, f'could not fsync file "{path}": Input/output error'),
+        (f"fsync {DAMAGED}", errno.EIO, f'could not fsync file "{path}.damaged.tmp": Input/output'),
+    ):
+        disk.failing = {call: number}
+        with pytest.raises(SlotsError) as caught:
+            Slots(tmp_path, AtOnce())
+        assert str(caught.value).startswith(problem)
+        assert path.read_bytes() == b"damaged"

@@ -146,29 +146,41 @@ SIZES = {
     "1.5": 2 * MB,
     "1023kB": MB,
     "2147483647": (2**31 - 1) * MB,
-    "-1": None,
 }
 """Of a setting whose unit is MB, in bytes; what is no whole number of those is rounded."""
 
 
-@pytest.mark.parametrize("option", ["wal-keep-size", "max-slot-wal-keep-size"])
-def test_sizes(tmp_path: Path, option: str) -> None:
+@pytest.mark.parametrize(
+    ("option", "smallest"), [("wal-keep-size", 0), ("max-slot-wal-keep-size", -1)]
+)
+def test_sizes(tmp_path: Path, option: str, smallest: int) -> None:
     assert taken(tmp_path)[option] is None
+    keep = ("--wal-keep-size=0",)
     for text, size in SIZES.items():
-        assert taken(tmp_path, f"--{option}={text}")[option] == size, text
+        assert taken(tmp_path, *keep, f"--{option}={text}")[option] == size, text
     name = option.replace("-", "_")
     for text in ("", "much", "1 mb", "1MiB", "1GBs", "12 12", "1e", "GB", "--5"):
-        told = refused("--wal-dir", tmp_path, "--upstream", "", f"--{option}={text}")
+        told = refused("--wal-dir", tmp_path, "--upstream", "", *keep, f"--{option}={text}")
         assert told.startswith(f'--{option}: invalid value for parameter "{name}": "{text}"')
     units = 'Valid units for this parameter are "B", "kB", "MB", "GB", and "TB".'
     for text, problem in {
         "1m": f'invalid value for parameter "{name}": "1m" ({units})',
-        "-2": f'-2 MB is outside the valid range for parameter "{name}" (-1 MB .. 2147483647 MB)',
+        f"{smallest - 1}": f'{smallest - 1} MB is outside the valid range for parameter "{name}" '
+        f"({smallest} MB .. 2147483647 MB)",
         "2147483648": f'invalid value for parameter "{name}": "2147483648" (Value exceeds integer '
         "range.)",
     }.items():
-        told = refused("--wal-dir", tmp_path, "--upstream", "", f"--{option}={text}")
+        told = refused("--wal-dir", tmp_path, "--upstream", "", *keep, f"--{option}={text}")
         assert told == f"--{option}: {problem}"
+
+
+def test_a_bound_for_slots_needs_a_size(tmp_path: Path) -> None:
+    """For without one nothing is removed, whatever slots keep."""
+    for text in ("0", "64MB", "-1", "much"):
+        told = refused("--wal-dir", tmp_path, "--upstream", "", f"--max-slot-wal-keep-size={text}")
+        assert told == "--max-slot-wal-keep-size means nothing without --wal-keep-size"
+    both = taken(tmp_path, "--wal-keep-size=0", "--max-slot-wal-keep-size=-1")
+    assert both["max-slot-wal-keep-size"] is None
 
 
 def test_counts(tmp_path: Path) -> None:
@@ -219,17 +231,18 @@ def test_slots_that_are_not_to_be_had(tmp_path: Path) -> None:
     relay = ("--wal-dir", tmp_path, "--upstream", "host=127.0.0.1")
     write_slots(tmp_path, [SlotState(f"s{number}", 0) for number in range(12)])
     assert refusal(*relay) == (
-        f"--upstream: there are 12 replication slots in {path}, and max_replication_slots is 10: "
-        "increase it"
+        f"there are 12 replication slots in {path}, more than max_replication_slots, which is 10: "
+        "increase that"
     )
-    assert refusal(*relay, "--max-replication-slots=0").endswith("is 0: increase it")
+    assert refusal(*relay, "--max-replication-slots=0").endswith("which is 0: increase that")
     path.unlink()
     path.mkdir()
-    assert refusal(*relay) == f"--upstream: {path}: Is a directory"
+    assert refusal(*relay) == f"{path}: Is a directory"
     path.rmdir()
     path.write_bytes(b"damaged")
-    (tmp_path / "walproto.slots.damaged").mkdir()
-    assert refusal(*relay).startswith(f"--upstream: {path}.damaged")
+    temporary = tmp_path / "walproto.slots.damaged.tmp"
+    temporary.mkdir()
+    assert refusal(*relay) == f"{temporary}: Is a directory"
     assert path.read_bytes() == b"damaged"
 
 

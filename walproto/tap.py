@@ -31,7 +31,7 @@ from walproto.server.configuration import parse_version
 from walproto.server.protocol import WalSenderFactory
 from walproto.server.settings import parse_megabytes, parse_milliseconds
 from walproto.timeline.directory import WalDirectory
-from walproto.timeline.slots import SlotOptions
+from walproto.timeline.slots import SlotOptions, SlotsError
 from walproto.upstream.relay import WalRelay
 from walproto.wal.writer import SyncError
 
@@ -43,8 +43,13 @@ def _time(name: str, text: str) -> float:
     return parse_milliseconds(name, text) / 1000
 
 
-def _size(name: str, text: str) -> int | None:
-    """Bytes that a size such as ``64MB`` or ``64`` stands for; None for ``-1``, any size."""
+def _size(name: str, text: str) -> int:
+    """Bytes that a size such as ``64MB`` or ``64`` stands for."""
+    return parse_megabytes(name, text, 0) << 20
+
+
+def _bound(name: str, text: str) -> int | None:
+    """As :func:`_size`; None for ``-1``, no bound."""
     megabytes = parse_megabytes(name, text, -1)
     return None if megabytes == -1 else megabytes << 20
 
@@ -61,7 +66,7 @@ _VALUES: dict[str, Callable[[str, str], Any]] = {
     "wal-sender-shutdown-timeout": _time,
     "wal-receiver-timeout": _time,
     "wal-keep-size": _size,
-    "max-slot-wal-keep-size": _size,
+    "max-slot-wal-keep-size": _bound,
     "max-wal-senders": _count,
     "max-replication-slots": _count,
 }
@@ -111,8 +116,8 @@ class Options(UsageOptions):
             "max-slot-wal-keep-size",
             None,
             None,
-            "Invalidate a slot that keeps more than so many megabytes of WAL. [default: -1, keep "
-            "as much as it takes]",
+            "Invalidate a slot that keeps more than so many megabytes of WAL; needs "
+            "--wal-keep-size. [default: -1, keep as much as it takes]",
         ],
         [
             "max-replication-slots",
@@ -188,6 +193,8 @@ class Options(UsageOptions):
         if not os.access(directory, os.R_OK | os.X_OK):
             raise UsageError(f"--wal-dir: no permission to read {directory}")
         self._check_upstream()
+        if self["max-slot-wal-keep-size"] is not None and self["wal-keep-size"] is None:
+            raise UsageError("--max-slot-wal-keep-size means nothing without --wal-keep-size")
         for name, value in _VALUES.items():
             if self[name] is None:
                 continue
@@ -362,6 +369,8 @@ def _make_relay(options: Options, reactor: Any) -> WalRelay | None:
     except ImportError as error:
         what = " ".join(str(error).split())  # it may be a list of what psycopg has tried
         problem = f"{what}: it takes pip install 'walproto[upstream]'"
+    except SlotsError as error:
+        raise SystemExit(f"twist walsender: {error}") from None
     except ValueError as error:
         problem = str(error)
     raise SystemExit(f"twist walsender: --upstream: {problem}")

@@ -132,6 +132,10 @@ class SlotCommands:
         return ConfigurationLimitExceeded(
             "all replication slots are in use",
             hint=f"Free one or increase {self._name('max_replication_slots')}.",
+            log="there are slots only on WAL that is received (--upstream): let the client do "
+            "without one"
+            if self._slots is None
+            else "drop one, or increase --max-replication-slots",
         )
 
     def _name(self, setting: str) -> str:

@@ -15,6 +15,7 @@ PostgreSQL: ``KeepLogSeg``, ``RemoveOldXlogFiles`` in ``xlog.c``, done there at 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,10 +24,10 @@ from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from walproto.errors import CannotConnectNow
-from walproto.lsn import format_lsn, parse_segment_name, segment_name
+from walproto.errors import AdminShutdown, CannotConnectNow
+from walproto.lsn import format_lsn, parse_segment_name
 from walproto.timeline.directory import WalDirectory
-from walproto.timeline.history import History
+from walproto.timeline.slot_file import DAMAGED
 from walproto.timeline.slots import Slots
 from walproto.timeline.threads import Threads
 from walproto.wal.pages import LONG_HEADER, parse_identity
@@ -35,6 +36,10 @@ from walproto.wal.writer import SyncError, sync_directory
 
 INTERVAL = 1.0
 """Seconds between two looks."""
+
+
+BATCH = 100
+"""Segments that are removed in one go: others may want something of the disk, too."""
 
 
 @dataclass(slots=True)
@@ -48,10 +53,16 @@ class Removal:
     """Why it went no further."""
 
 
-def remove_segments(
-    directory: Path, system_identifier: int, segment_size: int, segno: int
-) -> Removal:
-    """Remove the segments before number ``segno`` of all timelines, the oldest first.
+def old_segments(directory: Path, segment_size: int, segno: int) -> list[str]:
+    """The segments before number ``segno`` of all timelines, the oldest first.  Raises OSError."""
+    found = (parse_segment_name(entry) for entry in os.listdir(directory))
+    names = [name for name in found if name and name.is_possible(segment_size)]
+    old = [name for name in names if name.segno(segment_size) < segno]
+    return list(map(str, sorted(old, key=lambda name: (name.segno(segment_size), name))))
+
+
+def remove_segments(directory: Path, system_identifier: int, names: Sequence[str]) -> Removal:
+    """Remove these segments one after the other.
 
     When this returns they are gone for good.  What cannot be removed ends it, for it may not be
     followed by a hole.
@@ -59,17 +70,14 @@ def remove_segments(
     removal = Removal()
     path = directory
     try:
-        found = (parse_segment_name(entry) for entry in os.listdir(directory))
-        names = [name for name in found if name and name.is_possible(segment_size)]
-        old = [name for name in names if name.segno(segment_size) < segno]
-        for name in sorted(old, key=lambda name: (name.segno(segment_size), name)):
-            path = directory / str(name)
+        for name in names:
+            path = directory / name
             try:
                 if _belongs_to(path, system_identifier):
                     path.unlink()
-                    removal.names.append(path.name)
+                    removal.names.append(name)
                 else:
-                    removal.left_alone.append(path.name)
+                    removal.left_alone.append(name)
             except FileNotFoundError:
                 pass
         path = directory
@@ -87,24 +95,6 @@ def _belongs_to(path: Path, system_identifier: int) -> bool:
     with open(open_file(path), "rb") as file:
         found = parse_identity(file.read(LONG_HEADER.size))
     return found is None or found[0].system_identifier == system_identifier
-
-
-def first_lsn(directory: Path, history: History, segment_size: int, lsn: int) -> int:
-    """Where the WAL begins that is in ``directory`` without a hole up to the segment of ``lsn``.
-
-    There may be older segments: of those that were being removed when the power failed, any may
-    have come back.
-    """
-    names = set(os.listdir(directory))
-    start = lsn - lsn % segment_size
-    while start:
-        before = start - segment_size
-        tli = history.file_tli(before, segment_size)
-        name = segment_name(tli, before // segment_size, segment_size)
-        if names.isdisjoint((name, f"{name}.partial")):
-            break
-        start = before
-    return start
 
 
 class Retention:
@@ -129,26 +119,15 @@ class Retention:
 
     def start(self) -> None:
         self._is_running = True
-        self._timeline.add_observer(self._ready)
         self._schedule()
 
     def stop(self) -> Deferred[None]:
         """Remove nothing more.  Fires when nothing is under way any longer."""
         self._is_running = False
-        self._timeline.remove_observer(self._ready)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         return self._work or succeed(None)
-
-    def _ready(self) -> None:
-        """It is known what there is."""
-        timeline = self._timeline
-        timeline.remove_observer(self._ready)
-        segment_size = timeline.identity.segment_size
-        self._slots.recover(
-            first_lsn(timeline.directory, timeline.history, segment_size, timeline.commit_lsn)
-        )
 
     def _schedule(self) -> None:
         self._timer = self._clock.callLater(INTERVAL, self._look)
@@ -193,53 +172,84 @@ class Retention:
         kept = current - max(-(-keep_size // segment_size), 1)
         return max(min(kept, self._timeline.last_record_lsn // segment_size), 0)
 
-    async def _save(self) -> None:
+    async def _save(self) -> bool:
+        """Save the slots; whether that was possible."""
         try:
             await self._slots.save()
+        except AdminShutdown:
+            return False  # they have been saved for the last time
         except (OSError, SyncError) as error:
             what = getattr(error, "strerror", None) or error
-            self._tell("save", f"cannot save replication slots: {what}: trying again")
-        else:
-            self._must_save = False
-            self._told.pop("save", None)
+            self._tell(
+                "save",
+                f"cannot save replication slots in {self._timeline.directory}: {what}: trying "
+                "again; until then they are not created or dropped, and no WAL is removed",
+            )
+            return False
+        self._must_save = False
+        self._told.pop("save", None)
+        return True
 
     async def _remove(self, segment_size: int, keep_size: int) -> None:
-        timeline = self._timeline
+        timeline, slots = self._timeline, self._slots
         wanted = {self._segments_behind(keep_size, segment_size) * segment_size: "wal_keep_size"}
-        for slot in self._slots:
+        for slot in slots:
             if slot.restart_lsn:
                 wanted[slot.restart_lsn] = f'replication slot "{slot.name}"'
         for replica in timeline.replicas:
             wanted[replica.sent_lsn] = str(replica)
         oldest = min(wanted)
         segno = oldest // segment_size
-        if segno * segment_size <= self._removed_to:
+        end = segno * segment_size
+        if end <= self._removed_to:
             return
-        self._removed_to = segno * segment_size
-        self._slots.keep_from(self._removed_to)
+        if slots.is_damaged:
+            path = timeline.directory / DAMAGED
+            self._tell("damaged", f"no WAL is removed as long as {path} is there: slots were lost")
+            return
+        kept_from = slots.kept_from
+        slots.keep_from(end)
+        if not await self._save():
+            slots.kept_from = kept_from
+            return
+        try:
+            names: list[str] = await self._threads.run(
+                lambda: old_segments(timeline.directory, segment_size, segno)
+            )
+        except OSError as error:
+            self._tell("remove", f"cannot remove old WAL: {error.filename}: {error.strerror}")
+            return
+        for first in range(0, len(names), BATCH):
+            batch = names[first : first + BATCH]
+            why = f"the oldest WAL that is kept is at {format_lsn(oldest)}, for {wanted[oldest]}"
+            if not self._is_running or not await self._remove_batch(batch, why):
+                return
+        self._removed_to = end
+
+    async def _remove_batch(self, names: list[str], why: str) -> bool:
+        """Remove some segments, and tell what came of it; whether it may go on."""
+        timeline = self._timeline
         system_identifier = timeline.identity.system_identifier
         removal: Removal = await self._threads.run(
-            lambda: remove_segments(timeline.directory, system_identifier, segment_size, segno)
+            lambda: remove_segments(timeline.directory, system_identifier, names)
         )
-        timeline.forget_before(self._removed_to)
         if removal.names:
+            timeline.forget_before(self._slots.kept_from)
+            several = len(removal.names) > 1
             self._log.info(
-                "removed {count} segments, {first} to {last}: the oldest WAL that is kept is at "
-                "{lsn}, for {why}",
-                count=len(removal.names),
-                first=removal.names[0],
-                last=removal.names[-1],
-                lsn=format_lsn(oldest),
-                why=wanted[oldest],
+                "removed {count}, {which}: {why}",
+                count=f"{len(removal.names)} segments" if several else "1 segment",
+                which=f"{removal.names[0]} to {removal.names[-1]}" if several else removal.names[0],
+                why=why,
             )
         for name in removal.left_alone:
             path = timeline.directory / name
             self._tell(name, f"{path} belongs to another cluster: it is left alone")
         if removal.problem:
-            self._removed_to = 0  # try again
             self._tell("remove", f"cannot remove old WAL: {removal.problem}: trying again")
-        else:
-            self._told.pop("remove", None)
+            return False
+        self._told.pop("remove", None)
+        return True
 
     def _tell(self, what: str, text: str) -> None:
         """Tell the operator what is wrong with ``what``, once."""

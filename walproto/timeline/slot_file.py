@@ -1,16 +1,23 @@
 """The file in which replication slots outlive the process: ``walproto.slots``.
 
 A line for each slot, as JSON behind the CRC-32C of it, and a first line that says how many there
-are.  All of it is written anew whenever something has to be kept, however many slots there are: one
-sync for all.  A line that is damaged costs one slot, not the others.
+are and how far WAL was removed.  All of it is written anew whenever something has to be kept,
+however many slots there are: one sync for all.  A line that is damaged costs one slot, not the
+others.
+
+When the disk is full, WAL can be removed only after that has been written here.  So some room is
+set aside for it, in another file.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +28,11 @@ from walproto.wal.writer import store_file, sync_directory, sync_file
 
 NAME = "walproto.slots"
 DAMAGED = NAME + ".damaged"
-"""What a file that is not whole is kept as."""
+"""What a file that is not whole is kept as, the first one."""
+SPARE = NAME + ".spare"
+"""What takes the room that is set aside."""
+SPARE_SIZE = 256 * 1024
+"""Bytes: more than a thousand slots take."""
 
 _LINE = re.compile(rb"[^\n]*\n|[^\n]+")
 _CHECKED = re.compile(rb"([0-9a-f]{8}) (\{[^{}]*\})")
@@ -45,20 +56,54 @@ class SlotState:
     """Why it can be used no more, PostgreSQL's ``invalidation_reason``; empty if it can."""
 
 
-def write_slots(directory: Path, slots: Iterable[SlotState]) -> None:
+@dataclass(slots=True)
+class SlotFile:
+    """What the file holds, and what is wrong with it."""
+
+    slots: list[SlotState] = field(default_factory=list)
+    removed_to: int = 0
+    """The LSN before which WAL has been removed, or was about to be; 0 if none ever was."""
+    problems: list[str] = field(default_factory=list)
+
+
+def write_slots(directory: Path, slots: Iterable[SlotState], removed_to: int = 0) -> None:
     """Have just these in the directory's file; they are on disk when this returns.  Raises OSError
     or SyncError, and then what was there before is still there, or all of this."""
     states = list(slots)
-    lines: list[dict[str, Any]] = [{"slots": len(states)}]
+    lines: list[dict[str, Any]] = [{"slots": len(states), "removed_to": format_lsn(removed_to)}]
     for state in states:
         lines.append(asdict(state) | {"restart_lsn": format_lsn(state.restart_lsn)})
-    store_file(directory / NAME, b"".join(_line(json.dumps(values).encode()) for values in lines))
+    contents = b"".join(_line(json.dumps(values).encode()) for values in lines)
+    try:
+        store_file(directory / NAME, contents)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        try:
+            (directory / SPARE).unlink()
+        except OSError:
+            raise error from None
+        store_file(directory / NAME, contents)
+    _set_room_aside(directory / SPARE)
 
 
-def read_slots(directory: Path) -> tuple[list[SlotState], list[str]]:
-    """The slots in the directory's file, none if there is no file; and what is wrong with it.
+def _set_room_aside(spare: Path) -> None:
+    """Have the spare file, if there is room for it."""
+    with suppress(OSError):
+        fd = os.open(spare, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            if os.fstat(fd).st_size != SPARE_SIZE:  # it is new, or a crash has left it empty
+                os.posix_fallocate(fd, 0, SPARE_SIZE)
+        except OSError:
+            spare.unlink()
+        finally:
+            os.close(fd)
 
-    They are on disk when this returns: it may have been left to that by a crash.  If something is
+
+def read_slots(directory: Path) -> SlotFile:
+    """What the directory's file holds; nothing if there is no file.
+
+    It is on disk when this returns: it may have been left to that by a crash.  If something is
     wrong, the file is kept under another name, :data:`DAMAGED`, for it will be written over.
     Raises OSError if it cannot be read, OSError or SyncError if it cannot be synced or kept.
     """
@@ -67,11 +112,11 @@ def read_slots(directory: Path) -> tuple[list[SlotState], list[str]]:
         sync_file(path)
         contents = path.read_bytes()
     except FileNotFoundError:
-        return [], []
+        return SlotFile()
     sync_directory(directory)
     slots: dict[str, SlotState] = {}
     problems: list[str] = []
-    expected: int | None = None
+    header: _Header | None = None
     for number, line in enumerate(_LINE.findall(contents), 1):
         # There are two of them if what is damaged is the end of a line.
         texts = [text for crc, text in _CHECKED.findall(line) if crc == _crc(text)]
@@ -80,21 +125,27 @@ def read_slots(directory: Path) -> tuple[list[SlotState], list[str]]:
             match _parse(text):
                 case SlotState(name) as state if name not in slots:
                     slots[name] = state
-                case int(count) if expected is None:
-                    expected = count
+                case _Header() as found if header is None:
+                    header = found
                 case _:
                     is_whole = False
         if not is_whole:
             names = [name.decode() for name in _SEEMS_NAMED.findall(line)]
             what = "".join(f' (slot "{name}", it seems)' for name in names if name not in slots)
             problems.append(f"line {number} is damaged{what}")
-    if expected is None:
+    if header is None:
         problems.append("its beginning is damaged")
-    elif len(slots) != expected:
-        problems.append(f"it holds {len(slots)} slots, where there should be {expected}")
-    if problems:
+    elif len(slots) != header.count:
+        problems.append(f"it holds {len(slots)} slots, where there should be {header.count}")
+    if problems and not (directory / DAMAGED).exists():
         store_file(directory / DAMAGED, contents)
-    return list(slots.values()), problems
+    return SlotFile(list(slots.values()), header.removed_to if header else 0, problems)
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    count: int
+    removed_to: int
 
 
 def _line(text: bytes) -> bytes:
@@ -105,13 +156,13 @@ def _crc(text: bytes) -> bytes:
     return b"%08x" % crc32c.crc32c(text)
 
 
-def _parse(text: bytes) -> SlotState | int | None:
-    """The slot that a line describes, or how many there are; None if it is neither.  What is not
-    known here, a later version has added: it is passed over, rather than the slot."""
+def _parse(text: bytes) -> SlotState | _Header | None:
+    """The slot that a line describes, or what the first line says; None if it is neither.  What is
+    not known here, a later version has added: it is passed over, rather than the slot."""
     try:
         values = json.loads(text)
         if "slots" in values:
-            return _number(values["slots"])
+            return _Header(_number(values["slots"]), parse_lsn(values.get("removed_to", "0/0")))
         name, reason = values["name"], values.get("invalidated", "")
         if not (_SLOT_NAME.fullmatch(name) and _REASON.fullmatch(reason)):
             return None

@@ -7,7 +7,7 @@ breaks a bound that the operator has set, and then the slot is *invalidated*, fo
 
 A slot is on disk before its creation is confirmed, and no longer there when its removal is.  Its
 position is saved now and then; after a crash it may be an earlier one, but none of which WAL has
-been removed (:meth:`Slots.recover`): that was removed because the slot was further on.
+been removed: how far that goes is saved before, and no slot was behind it.
 
 PostgreSQL: ``slot.c``; documentation "Replication Slots" and "pg_replication_slots".
 """
@@ -35,6 +35,7 @@ from walproto.errors import (
 from walproto.lsn import format_lsn
 from walproto.timeline.slot_file import DAMAGED, NAME, SlotState, read_slots, write_slots
 from walproto.timeline.threads import Threads
+from walproto.wal.writer import SyncError
 
 WAL_REMOVED = "wal_removed"
 """``invalidation_reason`` of a slot that kept more WAL than it might."""
@@ -51,6 +52,10 @@ class SlotOptions:
     max_replication_slots: int = 10
     wal_keep_size: int | None = None
     max_slot_wal_keep_size: int | None = None
+
+
+class SlotsError(ValueError):
+    """Why the slots in a directory cannot be used, for the operator."""
 
 
 class Holder(Protocol):
@@ -84,12 +89,24 @@ class Slot:
             self.name, self.restart_lsn, self.xmin, self.catalog_xmin, self.invalidated
         )
 
+    def is_kept_by(self, saved: SlotState | None, granularity: int) -> bool:
+        """Whether ``saved`` will do after a crash: of a slot in use, a position that is the same as
+        far as ``granularity`` bytes matter, and xmins that are older."""
+        if saved is None or self.holder is None:
+            return saved == self.state()
+        return (
+            self.restart_lsn // granularity == saved.restart_lsn // granularity
+            and bool(self.xmin) == bool(saved.xmin)
+            and bool(self.catalog_xmin) == bool(saved.catalog_xmin)
+            and self.invalidated == saved.invalidated
+        )
+
 
 class Slots:
     """The slots of one timeline, kept in ``directory``.
 
-    Those that are there already are known at once.  Raises OSError if they cannot be read, OSError
-    or SyncError if a damaged file cannot be kept, ValueError if there are more than there may be.
+    Those that are there already are known at once.  Raises SlotsError if they cannot be read, a
+    damaged file cannot be kept, or there are more than there may be.
     """
 
     _log = Logger()
@@ -99,7 +116,7 @@ class Slots:
     ) -> None:
         self.options = options
         self.kept_from = 0
-        """The LSN before which WAL is gone, or is being removed."""
+        """The LSN before which WAL is being removed, or was since the start."""
         self._directory = directory
         self._threads = threads
         self._slots: dict[str, Slot] = {}
@@ -107,31 +124,38 @@ class Slots:
         self._is_saving = False
         self._is_stopped = False
         self._awaiting_save: list[Deferred[None]] = []
-        self._saved: dict[str, int] | None
-        """The positions that are on disk; None if nobody knows what is."""
-        states, problems = read_slots(directory)
-        if problems:
+        self._saved: dict[str, SlotState] | None
+        """What is on disk; None if nobody knows what is."""
+        try:
+            file = read_slots(directory)
+        except OSError as error:
+            raise SlotsError(f"{error.filename or directory / NAME}: {error.strerror}") from None
+        except SyncError as error:
+            raise SlotsError(str(error)) from None
+        self._removed_to = file.removed_to
+        if file.problems:
             self._log.critical(
-                "{path}: {problems}: it is kept as {damaged}; slots that are missing now have to "
-                "be created again, and nothing keeps WAL for them until then",
+                "{path}: {problems}: it is kept as {damaged}, and no WAL is removed as long as "
+                "that is there: see which slots are missing, and create them again",
                 path=str(directory / NAME),
-                problems="; ".join(problems),
+                problems="; ".join(file.problems),
                 damaged=DAMAGED,
             )
-        if len(states) > options.max_replication_slots:
-            raise ValueError(
-                f"there are {len(states)} replication slots in {directory / NAME}, and "
-                f"max_replication_slots is {options.max_replication_slots}: increase it"
+        if len(file.slots) > options.max_replication_slots:
+            raise SlotsError(
+                f"there are {len(file.slots)} replication slots in {directory / NAME}, more than "
+                f"max_replication_slots, which is {options.max_replication_slots}: increase that"
             )
-        for state in states:
+        for state in file.slots:
+            restart_lsn = state.restart_lsn
             self._slots[state.name] = Slot(
                 state.name,
-                restart_lsn=state.restart_lsn,
+                restart_lsn=max(restart_lsn, self._removed_to) if restart_lsn else 0,
                 xmin=state.xmin,
                 catalog_xmin=state.catalog_xmin,
                 invalidated=state.invalidated,
             )
-        self._saved = None if problems else {state.name: state.restart_lsn for state in states}
+        self._saved = None if file.problems else {state.name: state for state in file.slots}
 
     def __iter__(self) -> Iterator[Slot]:
         return iter(list(self._slots.values()))
@@ -174,7 +198,7 @@ class Slots:
         holder.  Fires when it is on disk; fails as :meth:`save` does, and there is none then.
         """
         assert name not in self._slots
-        slot = Slot(name, temporary, max(restart_lsn, self.kept_from) if restart_lsn else 0)
+        slot = Slot(name, temporary, max(restart_lsn, self._removed_to) if restart_lsn else 0)
         slot.holder = holder
         self._slots[name] = slot
         if temporary:
@@ -280,8 +304,14 @@ class Slots:
     def confirm(self, slot: Slot, flush_lsn: int) -> None:
         """The replica has WAL up to ``flush_lsn`` on disk; it may have been further before
         (``PhysicalConfirmReceivedLocation``)."""
-        if not slot.invalidated:
-            slot.restart_lsn = max(flush_lsn, self.kept_from)
+        if slot.invalidated:
+            return
+        was_reserved = bool(slot.restart_lsn)
+        slot.restart_lsn = max(flush_lsn, self._removed_to)
+        if not was_reserved and not slot.is_temporary:
+            # Or the slot would reserve nothing after a crash.  If it fails, it is tried again by
+            # whoever saves positions.
+            self.save().addErrback(lambda failure: None)
 
     @property
     def restart_lsn(self) -> int | None:
@@ -298,17 +328,16 @@ class Slots:
     # --- WAL goes --------------------------------------------------------------------------
 
     def keep_from(self, lsn: int) -> None:
-        """WAL before ``lsn`` is about to go; no slot needs it, and none can reserve it any more."""
+        """WAL before ``lsn`` is about to go, as soon as that is saved; no slot needs it, and none
+        can reserve it any more."""
         self.kept_from = max(self.kept_from, lsn)
+        self._removed_to = max(self._removed_to, lsn)
 
-    def recover(self, lsn: int) -> None:
-        """After a start: the WAL that is here begins at ``lsn``.  A slot that seems to reserve
-        earlier WAL has been further on, or that had not been removed; it was not saved before a
-        crash."""
-        self.keep_from(lsn)
-        for slot in self:
-            if slot.restart_lsn:
-                slot.restart_lsn = max(slot.restart_lsn, lsn)
+    @property
+    def is_damaged(self) -> bool:
+        """Whether slots have been lost, and nobody has said yet that this is dealt with, by taking
+        away what was kept of them."""
+        return (self._directory / DAMAGED).exists()
 
     def invalidate_before(self, lsn: int) -> bool:
         """Take back the promise of every slot that keeps WAL before ``lsn``, and end the sessions
@@ -340,14 +369,18 @@ class Slots:
     # --- saved -----------------------------------------------------------------------------
 
     def is_saved(self, granularity: int) -> bool:
-        """Whether these slots and no others are on disk, each with its position as far as
-        ``granularity`` bytes matter; but for those that are being created or dropped."""
+        """Whether these slots and no others are on disk, but for those that are being created or
+        dropped: exactly as they are or, of one in use, as far as it matters."""
         if self._saved is None:
             return False
-        now = {slot.name: slot.restart_lsn // granularity for slot in self if not slot.is_temporary}
-        saved = {name: lsn // granularity for name, lsn in self._saved.items()}
-        changing = {slot.name for slot in self if slot.is_changing}
-        return all(now.get(name) == saved.get(name) for name in (now | saved).keys() - changing)
+        slots = {slot.name: slot for slot in self if not slot.is_temporary}
+        return (
+            all(
+                slot.is_changing or slot.is_kept_by(self._saved.get(name), granularity)
+                for name, slot in slots.items()
+            )
+            and self._saved.keys() <= slots.keys()
+        )
 
     def save(self) -> Deferred[None]:
         """Bring all slots to disk as they are now; fires when they are.  Fails with OSError or
@@ -372,10 +405,11 @@ class Slots:
     def _save(self) -> None:
         awaiting, self._awaiting_save = self._awaiting_save, []
         states = [slot.state() for slot in self if not slot.is_temporary and not slot.is_going]
+        removed_to = self._removed_to
         self._is_saving = True
 
         def saved(result: None) -> None:
-            self._saved = {state.name: state.restart_lsn for state in states}
+            self._saved = {state.name: state for state in states}
 
         def failed(result: Any) -> Any:
             self._saved = None
@@ -388,5 +422,5 @@ class Slots:
             if self._awaiting_save:
                 self._save()
 
-        writing = self._threads.run(lambda: write_slots(self._directory, states))
+        writing = self._threads.run(lambda: write_slots(self._directory, states, removed_to))
         writing.addCallbacks(saved, failed).addBoth(done)

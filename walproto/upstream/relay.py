@@ -26,7 +26,7 @@ from walproto.timeline.directory import WalDirectory
 from walproto.timeline.holding import examine
 from walproto.timeline.received import Received
 from walproto.timeline.retention import Retention
-from walproto.timeline.slots import SlotOptions, Slots
+from walproto.timeline.slots import SlotOptions, Slots, SlotsError
 from walproto.timeline.threads import OneThread
 from walproto.upstream.connection import UpstreamError
 from walproto.upstream.conversation import Conversation, Refusal, UpstreamOptions
@@ -52,7 +52,8 @@ class WalRelay:
     end.
 
     Needs psycopg: ``walproto[upstream]``.  Raises ValueError if ``conninfo`` is no connection
-    string, or if ``directory`` is not to be received into, as when another relay does already.
+    string, or if ``directory`` is not to be received into, as when another relay does already;
+    SlotsError, which is one, if the slots in it cannot be used.
     """
 
     _log = Logger()
@@ -103,12 +104,9 @@ class WalRelay:
     def _read_slots(self, options: SlotOptions) -> Slots:
         try:
             return Slots(self._directory, self._slot_threads, options)
-        except (OSError, SyncError, ValueError) as error:
+        except SlotsError:
             self._lock.release()
-            if isinstance(error, OSError):
-                where = error.filename or self._directory
-                raise ValueError(f"{where}: {error.strerror}") from None
-            raise ValueError(str(error)) from None
+            raise
 
     def start(self) -> None:
         """Find out what the directory holds, serve it, and begin to receive."""
@@ -129,7 +127,12 @@ class WalRelay:
         try:
             await self.slots.stop()
         except (OSError, SyncError) as error:
-            self._log.critical("cannot save replication slots: {error}", error=error)
+            self._log.critical(
+                "cannot save replication slots in {directory}: {what}: after the next start they "
+                "are where they were when they were last saved",
+                directory=str(self._directory),
+                what=getattr(error, "strerror", None) or error,
+            )
         self._threads.stop()
         self._slot_threads.stop()
         self._lock.release()
