@@ -6,6 +6,7 @@ import os
 import random
 import socket
 import struct
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -91,7 +92,9 @@ class ConnectionStrings(SynchronousTestCase):
 
     def test_a_service_file_is_looked_up_before_hosts_are_tried(self) -> None:
         """In a name of its own or in the environment's; what the connection string says counts."""
-        path = Path(self.mktemp()).absolute()
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        path = Path(directory.name) / "services"
         path.write_text("[two]\nhost=h1,h2\nport=1,2\nconnect_timeout=3\nuser=bob\n")
         for conninfo, service in (("service=two user=alice", {}), ("", {"PGSERVICE": "two"})):
             environment(self, PGSERVICEFILE=str(path), **service)
