@@ -269,7 +269,7 @@ def _install(name: str, test: _Test) -> None:
 def main() -> None:
     fd, *arguments = sys.argv[1:]
     test = _Test(int(fd), arguments[arguments.index("--wal-dir") + 1])
-    for name in CALLS:
+    for name in (*CALLS, "unlink"):
         _install(name, test)
     sys.argv = ["twist", "--log-format=text", *arguments]
     runpy.run_module("twisted", run_name="__main__")

@@ -52,8 +52,12 @@ class RawClient:
         self.key = b""
         """Process ID and secret key."""
         self._socket = socket.create_connection((HOST, port), timeout=30)
-        self.send(startup(**parameters))
-        self.hear("Z I")
+        try:
+            self.send(startup(**parameters))
+            self.hear("Z I")
+        except BaseException:
+            self._socket.close()
+            raise
 
     def send(self, *data: bytes) -> None:
         self._socket.sendall(b"".join(data))

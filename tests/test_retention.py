@@ -83,6 +83,8 @@ def test_a_look_a_second(kept: Make) -> None:
     one.threads.work_all()
     assert one.there()[0] == CURRENT - 1
     assert one.look()[0] == LAST - 1
+    one.clock.advance(INTERVAL)
+    assert one.threads.waiting == 0  # there is nothing to be done
 
 
 def test_until_it_is_known_what_there_is_nothing_is_done(tmp_path: Path) -> None:

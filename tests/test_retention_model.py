@@ -472,14 +472,11 @@ class Model(RuleBasedStateMachine):
         if power:
             self.had_no_power = True
             self.disk.lose_power(lambda below: next(left) % below)
+        self.as_a_restart_would_find_it()
         self.unsure |= {peer.slot for peer in self.peers}
         self.leave()
         self.start()
-        found = {slot.name for slot in self.slots}
-        assert self.confirmed - self.unsure <= found <= self.confirmed | self.unsure
-        for slot in self.slots:
-            assert slot.restart_lsn <= self.reached.get(slot.name, 0), slot
-        self.confirmed = found
+        self.confirmed = {slot.name for slot in self.slots}
 
     # --- what is always so -----------------------------------------------------------------
 
@@ -510,6 +507,9 @@ class Model(RuleBasedStateMachine):
         """Slots may have been saved further back than they are now, but not further on."""
         with mock.patch("os.fsync", REAL["fsync"]):
             slots = Slots(self.path, HeldThreads(), self.options)
+        unsure = self.unsure | {peer.slot for peer in self.peers}
+        found = {slot.name for slot in slots}
+        assert self.confirmed - unsure <= found <= self.confirmed | unsure
         for slot in slots:
             assert slot.restart_lsn <= self.reached.get(slot.name, 0), slot
             assert self.is_there(slot.restart_lsn), slot

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.disk import Disk
-from tests.retained import FIRST, Make, cannot_save, making, name_of, removed
+from tests.retained import FIRST, LAST, Make, cannot_save, making, name_of, removed
 from tests.wal_builder import MB
 from walproto.timeline import retention
 from walproto.timeline.retention import INTERVAL
@@ -72,6 +72,12 @@ def test_if_that_cannot_be_saved_nothing_is_removed(
     assert one.log.lines() == [cannot_save(one, problem)]
     disk.failing = {}
     assert one.look()[0] == 108
+    # If it comes again, it is told again.
+    one.log.lines()
+    one.slots.confirm(away, 109 * MB)
+    disk.failing = {name: errno.EIO}
+    assert one.look()[0] == 108
+    assert one.log.lines() == [cannot_save(one, problem)]
 
 
 def test_what_was_saved_for_the_last_time_is_not_told_of(kept: Make) -> None:
@@ -99,7 +105,6 @@ def test_as_long_as_slots_may_be_missing_nothing_is_removed(kept: Make, is_wrong
         assert 'slot "away", it seems' in told
         assert len(one.slots) == 0
     else:
-        one.slots.confirm(away, 108 * MB)
         damaged.touch()
     for _ in range(3):
         assert one.look()[0] == FIRST
@@ -111,8 +116,10 @@ def test_as_long_as_slots_may_be_missing_nothing_is_removed(kept: Make, is_wrong
     ]
     if is_wrong:
         one.slot("away", 103 * MB)
+    assert not away.invalidated
     damaged.unlink()
-    assert one.look()[0] == (103 if is_wrong else 108)
+    assert one.look()[0] == (103 if is_wrong else 109)
+    assert is_wrong or away.invalidated
 
 
 # --- In batches ----------------------------------------------------------------------------------
@@ -160,16 +167,23 @@ def test_a_batch_that_fails_is_the_last(kept: Make, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_directory_that_cannot_be_listed(kept: Make) -> None:
+    """That is told once, and if it comes again, again."""
     one = kept(wal_keep_size=0)
     elsewhere = one.path.with_name("elsewhere")
-    one.clock.advance(INTERVAL)
-    one.threads.work()
-    one.path.rename(elsewhere)
-    one.threads.work()
-    assert not one.threads.is_busy
-    elsewhere.rename(one.path)
-    assert one.log.lines() == [
-        f"critical: cannot remove old WAL: {one.path}: No such file or directory"
-    ]
-    assert one.look()[0] == 109
-    assert one.log.lines() == [removed(100, 108, f"0/{109 * MB:X}", "wal_keep_size")]
+    for first, last in ((100, 108), (109, 112)):
+        told = []
+        for _ in range(2):
+            one.clock.advance(INTERVAL)
+            one.threads.work()
+            one.path.rename(elsewhere)
+            one.threads.work()
+            assert not one.threads.is_busy
+            elsewhere.rename(one.path)
+            told += one.log.lines()
+        assert told == [
+            f"critical: cannot remove old WAL: {one.path}: No such file or directory: trying again"
+        ]
+        assert one.look()[0] == last + 1
+        oldest = f"0/{(last + 1) * MB:X}"
+        assert one.log.lines() == [removed(first, last, oldest, "wal_keep_size")]
+        one.come(LAST)

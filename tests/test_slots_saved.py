@@ -91,6 +91,8 @@ def test_a_slot_that_nobody_uses_is_saved_as_it_is(setting: Setting) -> None:
         assert state == SlotState("s", 5001, xmin, catalog_xmin)
     assert is_saved_in_use_and_later() == [True, True]
     slots.invalidate_before(6000)
+    slot.holder = setting.one
+    assert not slots.is_saved(1_000_000)  # however little of its position matters
     assert is_saved_in_use_and_later() == [False, False]
 
 
@@ -216,6 +218,14 @@ def test_they_are_restored_as_they_were_saved(tmp_path: Path, logged: Logged) ->
     assert slots.restart_lsn == 2000
     assert slots.is_saved(1)
     assert logged.lines() == []
+
+
+def test_what_is_restored_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever wrote it may have been killed before the file, or its name, was synced."""
+    write_slots(tmp_path, STATES)
+    disk = Disk(tmp_path, monkeypatch)
+    Slots(tmp_path, AtOnce())
+    assert [call for call in disk.calls if "sync" in call] == [f"fsync {NAME}", "fsync ."]
 
 
 def test_none_reserves_what_is_gone_or_was_about_to_be(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ class Retention:
             return
         segment_size = self._timeline.identity.segment_size
         options = self._slots.options
-        if options.wal_keep_size is not None:
+        if options.wal_keep_size is not None and not self._slots.is_damaged:
             self._invalidate(segment_size, options.wal_keep_size, options.max_slot_wal_keep_size)
         if self._must_save or not self._slots.is_saved(segment_size):
             await self._save()
@@ -217,7 +217,8 @@ class Retention:
                 lambda: old_segments(timeline.directory, segment_size, segno)
             )
         except OSError as error:
-            self._tell("remove", f"cannot remove old WAL: {error.filename}: {error.strerror}")
+            what = f"{error.filename}: {error.strerror}"
+            self._tell("remove", f"cannot remove old WAL: {what}: trying again")
             return
         for first in range(0, len(names), BATCH):
             batch = names[first : first + BATCH]

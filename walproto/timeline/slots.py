@@ -311,7 +311,7 @@ class Slots:
         if not was_reserved and not slot.is_temporary:
             # Or the slot would reserve nothing after a crash.  If it fails, it is tried again by
             # whoever saves positions.
-            self.save().addErrback(lambda failure: None)
+            self.save().addErrback(lambda failure: failure.trap(OSError, SyncError, AdminShutdown))
 
     @property
     def restart_lsn(self) -> int | None:
