@@ -8,7 +8,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
 from tests.fakes import PAGE, Client, MemoryTimeline, query, server, status, told
-from walproto.server.reader import TURN, Reader
+from walproto.server.reader import TURN, UNHEARD, Reader
 
 
 @implementer(IPushProducer)
@@ -74,11 +74,12 @@ class Turns(SynchronousTestCase):
         self.reader.go_on()
         self.assertEqual((self.dealt, self.source.calls), ([3], ["pause", "resume"]))
 
-    def test_while_it_is_held_it_reads_once_more_and_deals_with_nothing(self) -> None:
+    def test_while_it_is_held_it_reads_a_little_more_and_deals_with_nothing(self) -> None:
         self.waiting = 1
         self.reader.hold()
         self.assertEqual(self.source.calls, [])
-        for _ in range(3):
+        for _ in range(UNHEARD + 2):
+            self.assertEqual(self.source.calls, ["pause"] if self.waiting > UNHEARD else [])
             self.waiting += 1
             self.reader.go_on()
             self.clock.advance(0)
@@ -87,7 +88,7 @@ class Turns(SynchronousTestCase):
         self.reader.let_go()
         self.assertEqual(self.dealt, [])
         self.clock.advance(0)
-        self.assertEqual((self.dealt, self.source.calls), ([4], ["pause", "resume"]))
+        self.assertEqual((self.dealt, self.source.calls), ([UNHEARD + 3], ["pause", "resume"]))
 
     def test_it_may_be_let_go_while_answers_are_not_taken(self) -> None:
         self.reader.hold()

@@ -5,8 +5,8 @@ the transport brought is dealt with some messages at a time, and between two tur
 on with the others; meanwhile nothing more is read from this client.  Nor is it while the client
 does not take the answers it has been given, so that neither they nor its questions pile up here.
 
-While an answer waits for something, nothing is dealt with, but the client is read until it has said
-something more: that it is gone is noticed, and what it says does not pile up.
+While an answer waits for something, nothing is dealt with, but a few times more the client is read:
+that it is gone is noticed, be it with a last word, and what it says does not pile up.
 
 While WAL is streamed, what the client says is read all the same, whether it takes WAL or not.
 """
@@ -20,6 +20,10 @@ from zope.interface import implementer
 
 TURN = 64
 """Messages of a client that are dealt with before it is others' turn: less than a millisecond."""
+
+
+UNHEARD = 4
+"""Reads of the transport, of at most 64 kB each, that may wait to be dealt with."""
 
 
 @implementer(IPushProducer)
@@ -39,13 +43,13 @@ class Reader:
         self._is_reading = True
         self._is_blocked = False
         self._is_held = False
-        self._has_unheard = False
+        self._unheard = 0
         self._next_turn: IDelayedCall | None = None
 
     def go_on(self) -> None:
         """Something has come in."""
         if self._is_held:
-            self._has_unheard = True
+            self._unheard += 1
             self._read_or_not()
         else:
             self._take_turn()
@@ -56,7 +60,8 @@ class Reader:
 
     def let_go(self) -> None:
         """Deal with what has come in meanwhile, soon."""
-        self._is_held = self._has_unheard = False
+        self._is_held = False
+        self._unheard = 0
         self._schedule_turn()
 
     def release(self) -> None:
@@ -99,7 +104,7 @@ class Reader:
             self._next_turn = self._clock.callLater(0, self._take_next_turn)
 
     def _read_or_not(self) -> None:
-        is_reading = not (self._is_blocked or self._has_unheard or self._next_turn)
+        is_reading = not (self._is_blocked or self._unheard >= UNHEARD or self._next_turn)
         if is_reading != self._is_reading:
             self._is_reading = is_reading
             if is_reading:

@@ -396,9 +396,10 @@ class Slots:
         return saved
 
     def stop(self) -> Deferred[None]:
-        """Save them for the last time.  Sessions may still use them, but none is created or
-        dropped any more."""
-        saved = self.save()
+        """Save them for the last time, unless they are.  Sessions may still use them, but none is
+        created or dropped any more."""
+        is_saved = not self._is_saving and self.is_saved(1)
+        saved = succeed(None) if is_saved else self.save()
         self._is_stopped = True
         return saved
 
