@@ -190,10 +190,14 @@ def test_the_end_is_followed_as_bytes_appear(
     visible = bytearray(FILLINGS[filling](wal))
     scanner = scanner_of(wal, visible)
     shown = 0
+    # Nothing comes before the first record that the link of a recycled one could be held to.
+    least = wal.records[0].start + 24 - wal.start if filling == "recycled" else 0
     for cut in [*sorted(offsets(wal, some, 30)), len(image)]:
         visible[shown:cut] = image[shown:cut]
         shown = cut
         there = wal.start + first_difference(visible, image)
+        if cut < least:
+            continue
         run(scanner, some.choice([1, PAGE, STEP]))
         assert scanner.end == wal.end_of(there), cut
     assert scanner.end == wal.lsn

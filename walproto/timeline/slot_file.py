@@ -109,10 +109,11 @@ def read_slots(directory: Path) -> SlotFile:
     """
     path = directory / NAME
     try:
-        sync_file(path)
-        contents = path.read_bytes()
+        path.stat()
     except FileNotFoundError:
         return SlotFile()
+    sync_file(path)
+    contents = path.read_bytes()
     sync_directory(directory)
     slots: dict[str, SlotState] = {}
     problems: list[str] = []
