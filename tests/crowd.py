@@ -51,7 +51,7 @@ class Client:
     receive_buffer = 0
     """SO_RCVBUF, 0 for what is usual."""
 
-    def __init__(self, port: int, start: int, wal: Wal) -> None:
+    def __init__(self, port: int, start: int, wal: Wal, options: str = "") -> None:
         self.lsn = start
         self.problem = ""
         self.streams = False
@@ -64,7 +64,15 @@ class Client:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.receive_buffer)
         self.socket.connect((HOST, port))
         name = type(self).__name__.lower()
-        startup = f"user\0postgres\0replication\0true\0application_name\0{name}\0\0".encode()
+        parameters = {
+            "user": "postgres",
+            "replication": "true",
+            "application_name": name,
+            "options": options,
+        }
+        startup = (
+            b"".join(f"{key}\0{value}\0".encode() for key, value in parameters.items()) + b"\0"
+        )
         command = f"START_REPLICATION {int_to_lsn(start)} TIMELINE 1\0".encode()
         self.socket.sendall(
             struct.pack(">II", len(startup) + 8, 0x00030000)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from twisted.internet.address import IPv4Address
+from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionAborted, ConnectionDone
 from twisted.internet.interfaces import IConsumer, ITransport
 from twisted.internet.task import Clock
@@ -21,7 +22,11 @@ from zope.interface import implementer
 
 from walproto.errors import CannotConnectNow, InternalError, UndefinedFile
 from walproto.lsn import format_lsn, segment_name
+from walproto.server.configuration import Configuration
 from walproto.server.protocol import WalSenderFactory, WalSenderProtocol
+from walproto.server.results import Wait
+from walproto.server.service import OneTimeline, Service
+from walproto.server.startup import Startup
 from walproto.timeline.history import Ancestor, History
 from walproto.timeline.interfaces import ITimeline
 from walproto.timeline.replicas import Replicas
@@ -124,6 +129,30 @@ class MemoryTimeline:
 
     def remove_observer(self, observer: Callable[[], None]) -> None:
         self.observers.discard(observer)
+
+
+class SlowService(Service):
+    """It is open when a test says so."""
+
+    opened: Deferred[None]
+
+    def open(self) -> Wait:
+        try:
+            yield self.opened
+        finally:
+            self.opened.cancel()
+
+
+class SlowTimeline(OneTimeline):
+    """Serves everybody a timeline that takes a while to open; ``opened`` is fired for the one that
+    came last."""
+
+    opened: Deferred[None]
+
+    def serve(self, startup: Startup, configuration: Configuration) -> Service:
+        service = SlowService(self._timeline, self._piece, startup, configuration)
+        service.opened = self.opened = Deferred()
+        return service
 
 
 @implementer(ITransport, IConsumer)

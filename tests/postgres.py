@@ -683,12 +683,14 @@ def is_segment(name: str) -> bool:
 class WalSender(Process):
     """`twist walsender` on a directory; it listens when this returns."""
 
+    directory_option = "--wal-dir"
+
     def __init__(self, wal_dir: Path, *options: str, port: int | None = None) -> None:
         self.port = free_port() if port is None else port
         super().__init__(
             [
                 *(sys.executable, "-m", "twisted", "--log-format=text", "walsender"),
-                *("--wal-dir", wal_dir, "--listen", f"tcp:{self.port}:interface={HOST}"),
+                *(self.directory_option, wal_dir, "--listen", f"tcp:{self.port}:interface={HOST}"),
                 *options,
             ],
             cwd=PROJECT,

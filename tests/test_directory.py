@@ -27,8 +27,8 @@ from walproto.timeline.succession import RELIST
 from walproto.timeline.watch import FAST_POLL
 
 
-def built(segments: float = 2.5, tli: int = 1, system: int = SYSTEM) -> WalBuilder:
-    wal = WalBuilder(tli=tli, system=system)
+def built(segments: float = 2.5, tli: int = 1, system: int = SYSTEM, seed: int = 0) -> WalBuilder:
+    wal = WalBuilder(tli=tli, system=system, seed=seed)
     wal.records_to(wal.start + int(segments * MB) - 10_000, 5000)
     return wal
 
@@ -184,7 +184,8 @@ class Beginning(InMemory):
         self.assertEqual(
             self.lines(),
             [
-                f"ready to serve timeline 1 of system {SYSTEM} from 0/100000 to {high:X}/{low:X}",
+                f"ready to serve timeline 1 of system {SYSTEM} from 0/100000 to {high:X}/{low:X} "
+                f"in {self.path}",
             ],
         )
         self.assertEqual(self.directory.identity.system_identifier, SYSTEM)

@@ -9,7 +9,7 @@ import textwrap
 from pathlib import Path
 
 from tests.postgres import Process, free_port, identify_system, installations, workspace
-from walproto.tap import Options
+from walproto.options import Options
 
 PROJECT = Path(__file__).parent.parent
 README = (PROJECT / "README.rst").read_text()

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
@@ -24,6 +25,7 @@ from tests.fakes import (
     TERMINATE,
     Client,
     MemoryTimeline,
+    SlowTimeline,
     cancel_request,
     feedback,
     message,
@@ -161,6 +163,16 @@ TABLE: dict[str, dict[str, Outcome]] = {
         "connection lost": (["EOF"], "closed"),
         "timeline switch": ([], "starting"),
         "WAL that is gone": ([], "starting"),
+    },
+    "opening": {
+        **in_all([*MESSAGES, *MALFORMED], ([], "opening")),
+        "cancellation": ([], "opening"),
+        "an hour goes by": (["EOF"], "closed"),
+        "shutdown": (SHUTTING_DOWN, "closed"),
+        "termination": (ADMIN_SHUTDOWN, "closed"),
+        "connection lost": (["EOF"], "closed"),
+        "timeline switch": ([], "opening"),
+        "WAL that is gone": ([], "opening"),
     },
     "authenticating": {
         **{
@@ -339,6 +351,18 @@ class EveryState(SynchronousTestCase):
     def in_starting(self) -> Client:
         return Client(self.factory, self.clock)
 
+    def in_opening(self) -> Client:
+        self.slow = SlowTimeline(self.timeline)
+        self.factory = server(self.slow, self.clock, authenticator=Password())
+        client = Client(self.factory, self.clock)
+        self.assertEqual(client.start_up(), [])
+        self.addCleanup(self.assert_nobody_waits, self.slow.opened)
+        return client
+
+    def assert_nobody_waits(self, opened: Deferred[None]) -> None:
+        self.assertTrue(opened.called)
+        opened.addErrback(lambda failure: failure.trap(CancelledError))
+
     def in_authenticating(self) -> Client:
         self.factory = server(self.timeline, self.clock, authenticator=Password())
         client = Client(self.factory, self.clock)
@@ -390,6 +414,15 @@ class EveryState(SynchronousTestCase):
     def is_starting(self, client: Client) -> None:
         self.assertEqual(client.send(SSL_REQUEST), ["N"])
         self.assertEqual(client.start_up(), ["GREETING"])
+
+    def is_opening(self, client: Client) -> None:
+        """As while waiting."""
+        self.slow.opened.callback(None)
+        heard, after = TABLE["authenticating"][self.happened]
+        if self.happened in EVENTS:
+            heard, after = [], "authenticating"
+        self.assertEqual(client.hear(), ["R 3", *heard])
+        getattr(self, f"is_{after}")(client)
 
     def is_authenticating(self, client: Client) -> None:
         self.assertEqual(client.send(PASSWORD), ["GREETING"])
@@ -493,6 +526,9 @@ class EveryState(SynchronousTestCase):
 
     def test_starting(self) -> None:
         self.go_through("starting")
+
+    def test_opening(self) -> None:
+        self.go_through("opening")
 
     def test_authenticating(self) -> None:
         self.go_through("authenticating")
@@ -627,16 +663,17 @@ IMPOSSIBLE: dict[str, set[str]] = {
     "cancel_requested": set(TABLE) - {"starting"},
     "startup_received": set(TABLE) - {"starting"},
     "authenticated": set(TABLE) - {"authenticating", "closed"},
-    "waiting_began": set(TABLE) - {"idle"},
-    "wait_over": set(TABLE) - {"waiting"},
+    "waiting_began": set(TABLE) - {"opening", "idle"},
+    "wait_over": set(TABLE) - {"opening", "waiting"},
+    "opened": set(TABLE) - {"opening"},
     "failed": {"waiting"},
     "streaming_started": set(TABLE) - {"idle"},
     "timeline_ended": {
-        *("starting", "authenticating", "idle", "waiting", "skipping", "stream_ended")
+        *("starting", "opening", "authenticating", "idle", "waiting", "skipping", "stream_ended")
     },
     "replica_confirmed": set(TABLE) - {"stopping", "closed"},
     **{
-        event: {"starting", "waiting"}
+        event: {"starting", "opening", "waiting"}
         for event in (
             *("query", "sync", "flush", "copy_data", "copy_done", "copy_fail", "terminate"),
             *("password", "extended_query", "function_call"),

@@ -13,7 +13,8 @@ import pytest
 
 from tests.postgres import Process, free_port, installations, workspace
 from tests.wal_builder import MB
-from walproto.tap import Options, _make_relay
+from walproto.options import Options
+from walproto.tap import _make_relay, _make_safekeeper
 from walproto.timeline.slot_file import SlotState, write_slots
 from walproto.timeline.slots import SlotOptions
 
@@ -43,7 +44,10 @@ def refusal(*arguments: str | Path, **variables: str) -> str:
 def test_options_that_are_wrong(tmp_path: Path) -> None:
     nowhere, file = tmp_path / "nowhere", tmp_path / "file"
     file.touch()
-    assert refusal() == "--wal-dir is missing: say which directory holds the WAL"
+    assert refusal() == (
+        "--wal-dir is missing: say which directory holds the WAL (--data-dir if it is a "
+        "safekeeper's)"
+    )
     assert refusal("--wal-dir", nowhere) == f"--wal-dir: no such directory: {nowhere}"
     assert refusal("--wal-dir", file) == f"--wal-dir: not a directory: {file}"
     good = ("--wal-dir", tmp_path)
@@ -125,6 +129,55 @@ def test_options_of_the_upstream_that_are_wrong(tmp_path: Path) -> None:
         '--wal-receiver-timeout: invalid value for parameter "wal_receiver_timeout": "soon"'
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_data_directory(tmp_path: Path) -> None:
+    nowhere, file = tmp_path / "nowhere", tmp_path / "file"
+    file.touch()
+    assert refused("--data-dir", nowhere) == f"--data-dir: no such directory: {nowhere}"
+    assert refused("--data-dir", file) == f"--data-dir: not a directory: {file}"
+    assert refused("--data-dir", "") == "--data-dir: no such directory: "
+    good = ("--data-dir", tmp_path)
+    for option in ("--wal-dir", "--upstream"):
+        assert refused(*good, option, "") == f"{option} and --data-dir exclude each other: say one"
+    for option in ("--upstream-slot", "--wal-keep-size", "--max-replication-slots"):
+        assert refused(*good, option, "1") == f"{option} means nothing without --upstream"
+    for name in ("advertise", "recall-period"):
+        told = refused("--wal-dir", tmp_path, f"--{name}", "1")
+        assert told == f"--{name} means nothing without --data-dir"
+
+
+def test_whom_to_call_back(tmp_path: Path) -> None:
+    good = ("--data-dir", str(tmp_path))
+    assert refused(*good, "--recall-period", "5s") == (
+        "--recall-period means nothing without --advertise"
+    )
+    for wrong in ("", "5433", "host", "host:", ":5433", "host:0", "host:65536", "a b:1"):
+        told = refused(*good, "--advertise", wrong)
+        assert told.startswith(f'--advertise: "{wrong}" is not HOST:PORT'), told
+    calling = (*good, "--advertise", "192.0.2.1:5433")
+    for wrong in ("", "soon", "-1"):
+        assert refused(*calling, f"--recall-period={wrong}").startswith("--recall-period: ")
+    told = refused(*calling, "--recall-period", "0")
+    assert told.endswith('for parameter "recall_period": "0" (It must be more than 0.)')
+    options = Options()
+    options.parseOptions([*calling, "--recall-period", "1500ms"])
+    assert options["advertise"] == ("192.0.2.1", 5433)
+    assert options["recall-period"] == 1.5
+    options = Options()
+    options.parseOptions([*good, "--advertise", "[2001:db8::1]:5433"])
+    assert options["advertise"] == ("2001:db8::1", 5433)
+    assert options["recall-period"] is None
+
+
+def test_calling_needs_psycopg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = Options()
+    options.parseOptions(["--data-dir", str(tmp_path), "--advertise", "192.0.2.1:5433"])
+    for module in ("walproto.upstream.libpq", "psycopg"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delattr("walproto.upstream.libpq", raising=False)
+    with pytest.raises(SystemExit, match=r"--advertise: .*: it takes pip install 'walproto\["):
+        _make_safekeeper(options, None)
 
 
 def taken(directory: Path, *arguments: str) -> Options:
@@ -337,5 +390,16 @@ def test_it_waits_for_wal_and_ends_when_told(
         sender.expect(f"there is no WAL in {tmp_path} yet: waiting for a first segment")
         for _ in range(times):
             sender.send(ending)
+        sender.wait()
+        assert "Traceback" not in sender.output
+
+
+def test_it_serves_a_data_directory_and_ends_when_told(tmp_path: Path) -> None:
+    listen = f"unix:{tmp_path}/socket"
+    options = ("--data-dir", str(tmp_path), "--advertise", "192.0.2.1:5433", "--listen", listen)
+    with Process([*TWIST, *options], cwd=PROJECT) as sender:
+        sender.expect(f"listening on {listen}")
+        sender.expect(f"serving the timelines in {tmp_path}")
+        sender.send(signal.SIGTERM)
         sender.wait()
         assert "Traceback" not in sender.output

@@ -33,16 +33,17 @@ producer, bytes.  A module imports only from those above it in this list:
 - :mod:`walproto.server.settings`: configuration parameters
 - :mod:`walproto.server.startup`: how a connection begins
 - :mod:`walproto.server.authentication`: who may connect
-- :mod:`walproto.server.configuration`: what is served, and how
+- :mod:`walproto.server.configuration`: how it is served
 - :mod:`walproto.server.results`: what answers are made of
+- :mod:`walproto.server.producer`: sends WAL
+- :mod:`walproto.server.service`: what a connection is served, by which rules
 - :mod:`walproto.server.slot_commands`: what a session does with replication slots
 - :mod:`walproto.server.answers`: what commands are answered
 - :mod:`walproto.server.events`: what a session deals with
 - :mod:`walproto.server.outputs`: what a session does
 - :mod:`walproto.server.session`: the state machine
-- :mod:`walproto.server.heartbeat`: wal_sender_timeout
+- :mod:`walproto.server.heartbeat`: wal_sender_timeout, and other timers
 - :mod:`walproto.server.reader`: lets a client have its say
-- :mod:`walproto.server.producer`: sends WAL
 - :mod:`walproto.server.protocol`: the connection
 - :mod:`walproto.upstream.connection`: what is needed of a connection to a server
 - :mod:`walproto.upstream.libpq`: such a connection
@@ -53,15 +54,29 @@ producer, bytes.  A module imports only from those above it in this list:
 - :mod:`walproto.upstream.lock`: a directory of one's own
 - :mod:`walproto.upstream.fence`: WAL that is served to nobody
 - :mod:`walproto.upstream.relay`: a timeline that is received from a live server
+- :mod:`walproto.neon.ids`: tenants and timelines, and how a client names them
+- :mod:`walproto.neon.control_file`: what a safekeeper keeps of a timeline
+- :mod:`walproto.neon.directory_id`: tells a directory from one that takes its place
+- :mod:`walproto.neon.contents`: what there is of a timeline
+- :mod:`walproto.neon.timeline`: a timeline as a safekeeper keeps it
+- :mod:`walproto.neon.data_directory`: many of them
+- :mod:`walproto.neon.callback`: a pageserver is asked to connect
+- :mod:`walproto.neon.callmemaybe`: which pageservers are asked, and when
+- :mod:`walproto.neon.pageservers`: which pageserver a timeline belongs to
+- :mod:`walproto.neon.streams`: how a safekeeper streams
+- :mod:`walproto.neon.walsender`: serves many timelines
+- :mod:`walproto.options`: what ``twist walsender`` is told
 - :mod:`walproto.tap`: ``twist walsender``
 
 To embed it, this much is needed: :class:`WalDirectory` and :class:`WalSenderFactory`; to bring a
-timeline or an authentication method of one's own, :class:`ITimeline` and :class:`IAuthenticator`.
+timeline or an authentication method of one's own, :class:`ITimeline` and :class:`IAuthenticator`;
+to bring many timelines, :class:`IServices`, or a safekeeper's, :mod:`walproto.neon.walsender`.
 """
 
 from walproto.server.authentication import IAuthenticator
 from walproto.server.protocol import WalSenderFactory
+from walproto.server.service import IServices
 from walproto.timeline.directory import WalDirectory
 from walproto.timeline.interfaces import ITimeline
 
-__all__ = ["IAuthenticator", "ITimeline", "WalDirectory", "WalSenderFactory"]
+__all__ = ["IAuthenticator", "IServices", "ITimeline", "WalDirectory", "WalSenderFactory"]

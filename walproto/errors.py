@@ -1,6 +1,7 @@
 """Every error that a peer can be told of.
 
-One class for each SQLSTATE in use, named as PostgreSQL's ``errcodes.txt`` names its condition.
+One class for each SQLSTATE in use, named as PostgreSQL's ``errcodes.txt`` names its condition (and
+one for an end that is none of PostgreSQL's).
 Whoever finds something wrong raises one of these, with PostgreSQL's own words where it has some;
 :mod:`walproto.server.protocol` turns it into an ErrorResponse, there and nowhere else.  So an
 error of ours is never a traceback, and a traceback is always a defect.
@@ -8,6 +9,7 @@ error of ours is never a traceback, and a traceback is always a defect.
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import ClassVar
 
 
@@ -134,3 +136,27 @@ class InternalError(ReportedError):
 
 class DataCorrupted(ReportedError):
     sqlstate = "XX001"
+
+
+def printable(text: str) -> str:
+    """What a peer has said, or has had a part in, as it may stand in one line of a log."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
+class EndReason(Enum):
+    """Why a server ends a stream that nothing is wrong with."""
+
+    SUSPENDED = "nobody brings WAL, and the replica has all there is"
+    MOVED = "the timeline belongs to another pageserver"
+
+
+class StreamingEnded(InternalError):
+    """The server ends a stream, for ``reason``; the client may know it by the text, as it has no
+    SQLSTATE of its own."""
+
+    def __init__(self, reason: EndReason, message: str, *, fatal: bool = False) -> None:
+        super().__init__(message, fatal=fatal, log=reason.value)
+        self.reason = reason

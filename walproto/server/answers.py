@@ -14,7 +14,6 @@ from walproto.server.results import (
     BYTEA,
     INT4,
     INT8,
-    READY_FOR_QUERY,
     TEXT,
     Answer,
     command_complete,
@@ -31,7 +30,7 @@ def end_of_stream(next_timeline: tuple[int, int] | None) -> bytes:
     """What follows CopyDone from both sides.
 
     After a historic timeline, which one went on and where; then, always, two CommandCompletes:
-    clients read both (``libpqrcv_endstreaming``).
+    clients read both (``libpqrcv_endstreaming``).  ReadyForQuery follows.
     """
     result = b""
     if next_timeline is not None:
@@ -39,12 +38,7 @@ def end_of_stream(next_timeline: tuple[int, int] | None) -> bytes:
         result = row_description(("next_tli", INT8), ("next_tli_startpos", TEXT)) + data_row(
             str(tli), format_lsn(start)
         )
-    return (
-        result
-        + command_complete("START_STREAMING")
-        + command_complete("START_REPLICATION")
-        + READY_FOR_QUERY
-    )
+    return result + command_complete("START_STREAMING") + command_complete("START_REPLICATION")
 
 
 class Answers:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from twisted.internet.defer import Deferred
 
 from walproto.errors import ReportedError
+from walproto.server.service import Stream
 from walproto.server.startup import Cancellation, EncryptionRequest, Startup
 from walproto.timeline.replicas import Replica
 from walproto.timeline.slots import Holder
@@ -19,7 +20,7 @@ from walproto.timeline.slots import Holder
 class Events(Protocol):
     """What can happen to a session.
 
-    The first four are of the startup phase.  Then come the frontend messages, each with its type
+    The first five are of the startup phase.  Then come the frontend messages, each with its type
     byte and contents; Parse, Bind, Describe, Execute and Close are one event, as they are one to
     us.  The rest comes from inside.
     """
@@ -27,6 +28,7 @@ class Events(Protocol):
     def encryption_requested(self, request: EncryptionRequest) -> None: ...
     def cancel_requested(self, request: Cancellation) -> None: ...
     def startup_received(self, startup: Startup) -> None: ...
+    def opened(self) -> None: ...
     def authenticated(self) -> None: ...
 
     def query(self, tag: bytes, contents: bytes) -> None: ...
@@ -78,10 +80,11 @@ class Connection(Holder, Protocol):
     def stop_waiting(self) -> None:
         """Go on with the messages; ``wait_over`` comes no more."""
 
-    def start_sending(self, replica: Replica, timeout: float) -> None:
+    def start_sending(self, stream: Stream, replica: Replica, timeout: float) -> None:
         """The client is ``replica`` from now on: send CopyBothResponse, then WAL from
-        ``replica.sent_lsn`` on.  ``timeline_ended`` or ``failed`` may come of it, and
-        ``timed_out`` when the replica is silent for ``timeout`` seconds, unless that is 0."""
+        ``replica.sent_lsn`` on, as ``stream`` says.  ``timeline_ended`` or ``failed`` may come of
+        it, and ``timed_out`` when the replica is silent for ``timeout`` seconds, unless that is
+        0."""
 
     def stop_sending(self) -> None:
         """Send no more WAL; the client is still a replica, and its messages are awaited."""

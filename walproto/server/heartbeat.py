@@ -1,4 +1,4 @@
-"""Whether the client is still there: ``wal_sender_timeout``.
+"""Timers of a stream.  Whether the client is still there: ``wal_sender_timeout``.
 
 A replica says something at least every few seconds.  One that has been silent for half of the
 timeout is asked, with a keepalive that requests a reply; when the whole of it has gone by, it is
@@ -65,3 +65,39 @@ class Heartbeat:
             self.ask()
         wait = self._timeout if self._asked else self._timeout / 2
         self._timer = self._clock.callLater(max(wait - silence, 0), self._ring)
+
+
+class Lull:
+    """Calls ``ring`` whenever there has been nothing to send for ``patience`` seconds, and
+    ``check`` before that and at least every ``patience`` seconds in any case.
+
+    ``idle_since`` says since when (``clock.seconds()``).  It may ring up to ``patience`` later than
+    that if there was something to send when it looked.
+    """
+
+    def __init__(
+        self,
+        clock: IReactorTime,
+        patience: float,
+        idle_since: Callable[[], float],
+        check: Callable[[], None],
+        ring: Callable[[], None],
+    ) -> None:
+        self._clock = clock
+        self._patience = patience
+        self._idle_since = idle_since
+        self._check = check
+        self._ring = ring
+        self._timer: IDelayedCall | None = clock.callLater(patience, self._look)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _look(self) -> None:
+        wait = self._idle_since() + self._patience - self._clock.seconds()
+        self._timer = self._clock.callLater(wait if wait > 0 else self._patience, self._look)
+        self._check()
+        if wait <= 0 and self._timer is not None:
+            self._ring()

@@ -26,13 +26,18 @@ from walproto.lsn import format_lsn
 from walproto.server.answers import Answers, end_of_stream
 from walproto.server.configuration import parse_version
 from walproto.server.events import Events
-from walproto.server.results import READY_FOR_QUERY, command_complete, error_response
+from walproto.server.results import (
+    READY_FOR_QUERY,
+    StreamAnswer,
+    command_complete,
+    error_response,
+)
 from walproto.server.slot_commands import SlotCommands
 from walproto.server.startup import Cancellation, EncryptionRequest, Startup, unsupported_version
 from walproto.timeline.replicas import Replica
 from walproto.wire import messages
 from walproto.wire.commands import IdentifySystem, StartReplication, parse_command
-from walproto.wire.replication import StatusUpdate, parse_standby_message
+from walproto.wire.replication import StatusUpdate
 
 if TYPE_CHECKING:
     from walproto.server.session import Session
@@ -64,7 +69,8 @@ def ignore(events: Events, session: Session, /, *_: Any, **__: Any) -> None:
 @telling_errors
 def refuse_encryption(events: Events, session: Session, request: EncryptionRequest) -> None:
     if request.code in session.encryption_refused:
-        raise unsupported_version(request.code, session.configuration.newest_protocol_version)
+        newest_version = session.services.newest_protocol_version(session.configuration)
+        raise unsupported_version(request.code, newest_version)
     session.encryption_refused.add(request.code)
     session.connection.write(b"N")
     if len(session.framing):
@@ -82,15 +88,37 @@ def pass_cancellation_on(events: Events, session: Session, request: Cancellation
 
 
 @telling_errors
-def begin_authentication(events: Events, session: Session, startup: Startup) -> None:
+def open_service(events: Events, session: Session, startup: Startup) -> None:
     session.is_starting = False
-    session.startup = startup
     session.connection.write(startup.negotiation)
-    session.timeline.require_ready()
-    if startup.replication and not session.connection.take_place():
-        raise session.configuration.too_many_connections()
+    session.startup = startup
+    session.service = service = session.services.serve(startup, session.configuration)
+    session.log_prefix = service.log_prefix
+    session.log_fields |= service.log_fields
+    session.answer = service.open()
+    _open(events, session, lambda: next(session.answer))
+
+
+@telling_errors
+def go_on_with_opening(events: Events, session: Session, error: BaseException | None) -> None:
+    _open(events, session, _after_waiting(session, error))
+
+
+def _open(events: Events, session: Session, go_on: Callable[[], Any]) -> None:
+    """Open as far as that goes without waiting."""
+    try:
+        events.waiting_began(go_on())
+    except StopIteration:
+        events.opened()
+
+
+@telling_errors
+def begin_authentication(events: Events, session: Session) -> None:
+    session.service.require_ready()
+    if session.startup.replication and not session.connection.take_place():
+        raise session.service.too_many_connections()
     authenticator = session.configuration.authenticator
-    session.exchange = authenticator.authenticate(startup, session.connection.peer)
+    session.exchange = authenticator.authenticate(session.startup, session.connection.peer)
     _authenticate(events, session, lambda: next(session.exchange))
 
 
@@ -115,7 +143,8 @@ def refuse_unauthenticated(events: Events, session: Session, tag: bytes, content
 
 @telling_errors
 def greet(events: Events, session: Session) -> None:
-    startup, connection = session.startup, session.connection
+    service, connection = session.service, session.connection
+    startup, timeline = service.startup, service.timeline
     connection.write(messages.AuthenticationOk.build())
     if not startup.replication:
         raise FeatureNotSupported(
@@ -124,21 +153,23 @@ def greet(events: Events, session: Session) -> None:
             hint="Connect with replication=true in the connection string.",
             fatal=True,
         )
-    session.settings = settings = session.configuration.settings(startup.user)
+    session.settings = settings = service.settings()
     settings.set_options(startup.options)
     for name, value in startup.parameters:
         settings.set(name, value)
-    session.major, _ = parse_version(session.configuration.advertised_version)
+    session.major, _ = parse_version(service.advertised_version)
     session.slots = SlotCommands(
-        session.configuration.slots, session.timeline, connection, session.major
+        service.slots, timeline, connection, session.major, service.why_no_slots
     )
-    session.answers = Answers(session.timeline, settings, session.slots, session.major)
+    session.answers = Answers(timeline, settings, session.slots, session.major)
     for name, value in settings.reported():
         connection.write(messages.ParameterStatus.build(name=name, value=value))
     key = connection.new_key(32 if startup.long_keys else 4)
     connection.write(messages.BackendKeyData.build(process_id=connection.pid, secret_key=key))
     connection.write(READY_FOR_QUERY)
     session.is_greeted = True
+    session.log_fields["application_name"] = settings["application_name"]
+    service.greeted(settings)
 
 
 # --- Commands ------------------------------------------------------------------------------------
@@ -149,11 +180,12 @@ def answer_query(events: Events, session: Session, tag: bytes, contents: bytes) 
     if b"\0" not in contents:
         raise ProtocolViolation("invalid string in message")
     command = parse_command(messages.Query.parse(contents).query, session.major)
-    if isinstance(command, StartReplication):
-        _start_replication(events, session, command)
-        return
     session.system_identified |= isinstance(command, IdentifySystem)
-    session.answer = session.answers.answer(command)
+    session.answer = (
+        _start_replication(session, command)
+        if isinstance(command, StartReplication)
+        else session.answers.answer(command)
+    )
     _answer(events, session, lambda: next(session.answer))
 
 
@@ -164,10 +196,15 @@ def wait(events: Events, session: Session, awaited: Deferred[Any]) -> None:
 
 @telling_errors
 def go_on_with_answer(events: Events, session: Session, error: BaseException | None) -> None:
+    _answer(events, session, _after_waiting(session, error))
+
+
+def _after_waiting(session: Session, error: BaseException | None) -> Callable[[], Any]:
+    """What goes on now that the wait is over."""
     session.is_waiting = False
     session.connection.stop_waiting()
     answer = session.answer
-    _answer(events, session, lambda: next(answer) if error is None else answer.throw(error))
+    return lambda: next(answer) if error is None else answer.throw(error)
 
 
 def _answer(events: Events, session: Session, go_on: Callable[[], bytes | Deferred[Any]]) -> None:
@@ -177,23 +214,31 @@ def _answer(events: Events, session: Session, go_on: Callable[[], bytes | Deferr
         while isinstance(part, bytes):
             session.connection.write(part)
             part = next(session.answer)
-    except StopIteration:
-        session.connection.write(READY_FOR_QUERY)
+    except StopIteration as end:
+        if end.value is None:
+            session.connection.write(READY_FOR_QUERY)
+        else:
+            events.streaming_started(*end.value)
     else:
         events.waiting_began(part)
 
 
-def _start_replication(events: Events, session: Session, command: StartReplication) -> None:
+def _start_replication(session: Session, command: StartReplication) -> StreamAnswer:
     if session.major < 15 and not session.system_identified:
         raise ObjectNotInPrerequisiteState(
             "IDENTIFY_SYSTEM has not been run before START_REPLICATION"
         )
+    try:
+        yield from session.service.ready_to_stream()
+    except GeneratorExit:
+        session.connection.note("does not wait any longer for its stream to begin")
+        raise
     tli, switch_lsn = session.answers.stream(command)
-    if command.start_lsn == switch_lsn:
-        session.slots.release()
-        _tell_end_of_stream(session, tli)
-    else:
-        events.streaming_started(tli, command.start_lsn)
+    if command.start_lsn != switch_lsn:
+        return tli, command.start_lsn
+    session.slots.release()
+    yield _end_of_stream(session, tli)
+    return None
 
 
 @telling_errors
@@ -225,6 +270,7 @@ def refuse_password(events: Events, session: Session, tag: bytes, contents: byte
 
 @telling_errors
 def begin_stream(events: Events, session: Session, tli: int, start_lsn: int) -> None:
+    session.stream = stream = session.service.stream(session.settings)
     session.replica = Replica(
         pid=session.connection.pid,
         user=session.startup.user,
@@ -233,32 +279,32 @@ def begin_stream(events: Events, session: Session, tli: int, start_lsn: int) -> 
         tli=tli,
         sent_lsn=start_lsn,
     )
-    session.connection.start_sending(session.replica, session.settings.wal_sender_timeout)
+    timeout = session.settings.wal_sender_timeout if stream.is_kept_alive else 0
+    session.connection.start_sending(stream, session.replica, timeout)
+    stream.require_allowed()
     session.slots.check_start(tli, start_lsn)
-    end = session.timeline.end_of(tli)
-    if start_lsn > end + session.timeline.identity.segment_size:
+    end = stream.timeline.end_of(tli)
+    if start_lsn > stream.furthest_start(tli):
         raise InternalError(
             f"requested starting point {format_lsn(start_lsn)} is ahead of the WAL flush "
             f"position of this server {format_lsn(end)}"
         )
     if start_lsn > end:
-        session.connection.note(
-            f"is {start_lsn - end} bytes ahead of the WAL here, which ends at {format_lsn(end)}: "
-            "it is sent none until there is more"
-        )
+        session.connection.note(stream.ahead(start_lsn, end))
 
 
 @telling_errors
 def hear_replica(events: Events, session: Session, tag: bytes, contents: bytes) -> None:
-    message = parse_standby_message(contents)
+    message = session.stream.parse(contents)
     session.replica.update(message)
+    session.stream.heard()
     session.slots.hear(message)
     session.connection.replica_heard(isinstance(message, StatusUpdate) and message.reply_requested)
 
 
 @telling_errors
-def refuse_standby_message(events: Events, session: Session, tag: bytes, contents: bytes) -> None:
-    raise ProtocolViolation(f'invalid standby message type "{tag.decode("latin-1")}"', fatal=True)
+def hear_other(events: Events, session: Session, tag: bytes, contents: bytes) -> None:
+    session.stream.hear_other(tag)
 
 
 def send_copy_done(events: Events, session: Session) -> None:
@@ -279,15 +325,13 @@ def answer_copy_done(events: Events, session: Session, tag: bytes, contents: byt
 def end_stream(events: Events, session: Session, tag: bytes, contents: bytes) -> None:
     session.connection.end_replica()
     session.slots.release()
-    _tell_end_of_stream(session, session.replica.tli)
+    session.connection.write(_end_of_stream(session, session.replica.tli) + READY_FOR_QUERY)
 
 
-def _tell_end_of_stream(session: Session, tli: int) -> None:
-    """Tell also which timeline goes on where this one ended, if it has ended."""
-    ancestor = session.timeline.history.ancestor(tli)
-    session.connection.write(
-        end_of_stream((ancestor.next_tli, ancestor.switch_lsn) if ancestor else None)
-    )
+def _end_of_stream(session: Session, tli: int) -> bytes:
+    """It tells also which timeline goes on where this one ended, if it has ended."""
+    ancestor = session.service.timeline.history.ancestor(tli)
+    return end_of_stream((ancestor.next_tli, ancestor.switch_lsn) if ancestor else None)
 
 
 def finish_sending(events: Events, session: Session) -> None:

@@ -129,6 +129,14 @@ class WalProducer:
         """Whether the server shuts down, and only what there is will be sent."""
         self._next_burst: IDelayedCall | None = None
         self._keepalive_owed: bool | None = None
+        self._last_sent = clock.seconds()
+
+    @property
+    def idle_since(self) -> float:
+        """Since when there has been nothing to send (``clock.seconds()``); now, if there is."""
+        if self._paused or self._replica.sent_lsn < self._timeline.commit_lsn:
+            return self._clock.seconds()
+        return self._last_sent
 
     def start(self) -> None:
         """Become the transport's producer, say CopyBothResponse and begin."""
@@ -154,7 +162,8 @@ class WalProducer:
             self._keepalive_owed = bool(self._keepalive_owed) or reply_requested
             return
         self._keepalive_owed = None
-        self._send(keepalive(self._replica.sent_lsn, self._now(), reply_requested))
+        now = postgres_time(self._clock.seconds())
+        self._send(keepalive(self._replica.sent_lsn, now, reply_requested))
 
     # --- IPushProducer, for the transport to call ------------------------------------------
 
@@ -210,7 +219,8 @@ class WalProducer:
             end = self._cut(start, min(self._sendable_to, wal_end))
             if end <= start:
                 return False
-            message = self._piece.load(tli, start, end, wal_end, self._now())
+            now = self._clock.seconds()
+            message = self._piece.load(tli, start, end, wal_end, postgres_time(now))
         except ReportedError as error:
             self._listener.failed(error)
             return False
@@ -218,6 +228,7 @@ class WalProducer:
             self._listener.broken()
             return False
         replica.sent_lsn = end
+        self._last_sent = now
         self._send(message)
         return True
 
@@ -243,9 +254,6 @@ class WalProducer:
         self._transport.write(data)
         if self._socket is not None:
             self._paused = self._transport.producerPaused = True  # type: ignore[attr-defined]
-
-    def _now(self) -> int:
-        return postgres_time(self._clock.seconds())
 
 
 def _bare_socket(transport: ITransport) -> socket.socket | None:

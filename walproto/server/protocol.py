@@ -10,6 +10,7 @@ from __future__ import annotations
 import hmac
 import itertools
 import os
+from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.address import UNIXAddress
@@ -25,16 +26,25 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from walproto.errors import AdminShutdown, CannotConnectNow, InternalError, ReportedError
+from walproto.errors import (
+    AdminShutdown,
+    CannotConnectNow,
+    InternalError,
+    ReportedError,
+    StreamingEnded,
+    printable,
+)
 from walproto.lsn import format_lsn
 from walproto.server.configuration import Configuration
-from walproto.server.heartbeat import Heartbeat
-from walproto.server.producer import Piece, WalProducer
+from walproto.server.heartbeat import Heartbeat, Lull
+from walproto.server.producer import WalProducer
 from walproto.server.reader import Reader
+from walproto.server.service import IServices, OneTimeline, Stream
 from walproto.server.session import Session
 from walproto.server.startup import Cancellation
 from walproto.timeline.interfaces import ITimeline
 from walproto.timeline.replicas import Replica
+from walproto.timeline.slots import Slots
 
 LINGER = 5.0
 """Seconds that a client has to take what it was last told."""
@@ -55,13 +65,15 @@ class WalSenderProtocol(Protocol):
         self.pid = pid
         self.peer = ""
         self._clock = factory.clock
-        self._session = Session(self, factory.configuration)
+        self._session = Session(self, factory.services, factory.configuration)
         self._key = b""
+        self._stream: Stream
         self._replica: Replica | None = None
         self._reader: Reader
         self._awaited: Deferred[Any] | None = None
         self._producer: WalProducer | None = None
         self._heartbeat: Heartbeat | None = None
+        self._lull: Lull | None = None
         self._timer: IDelayedCall | None = None
 
     # --- for Twisted to call ---------------------------------------------------------------
@@ -151,10 +163,10 @@ class WalSenderProtocol(Protocol):
         self._awaited = None
         self._reader.let_go()
 
-    def start_sending(self, replica: Replica, timeout: float) -> None:
-        self._replica = replica
-        timeline = self.factory.configuration.timeline
-        timeline.replicas.add(replica)
+    def start_sending(self, stream: Stream, replica: Replica, timeout: float) -> None:
+        self._stream, self._replica = stream, replica
+        stream.timeline.replicas.add(replica)
+        stream.begin(replica)
         self._heartbeat = Heartbeat(
             self._clock,
             timeout,
@@ -164,11 +176,20 @@ class WalSenderProtocol(Protocol):
         self._heartbeat.start()
         self.transport.unregisterProducer()
         self._reader.release()
-        self._producer = WalProducer(
-            self.transport, timeline, replica, self.factory.piece, self._clock, self
+        self._producer = producer = WalProducer(
+            self.transport, stream.timeline, replica, stream.piece, self._clock, self
         )
-        self._producer.start()
-        self._log.info(
+        producer.start()
+        if stream.patience is not None:
+            self._lull = Lull(
+                self._clock,
+                stream.patience,
+                lambda: producer.idle_since,
+                check=self._check_allowed,
+                ring=self._check,
+            )
+        self._tell(
+            self._log.info,
             "{replica} streams from {lsn} on timeline {tli}",
             replica=replica,
             lsn=format_lsn(replica.sent_lsn),
@@ -176,12 +197,14 @@ class WalSenderProtocol(Protocol):
         )
 
     def stop_sending(self) -> None:
+        self._stop_checking()
         if self._producer is not None:
             self._producer.stop()
             self._producer = None
             self.transport.registerProducer(self._reader, True)
 
     def finish_sending(self) -> None:
+        self._stop_checking()
         if self._producer is not None:
             self._producer.finish()
 
@@ -191,14 +214,16 @@ class WalSenderProtocol(Protocol):
             self._heartbeat.stop()
             self._heartbeat = None
         if self._replica is not None:
-            self.factory.configuration.timeline.replicas.remove(self._replica)
-            self._log.info(
+            self._stream.timeline.replicas.remove(self._replica)
+            self._tell(
+                self._log.info,
                 "{replica} has ended streaming, sent up to {sent}, flushed there up to {flush}",
                 replica=self._replica,
                 sent=format_lsn(self._replica.sent_lsn),
                 flush=format_lsn(self._replica.flush_lsn),
             )
             self._replica = None
+            self._stream.end()
 
     def replica_heard(self, reply_requested: bool) -> None:
         if self._heartbeat is not None:
@@ -209,18 +234,22 @@ class WalSenderProtocol(Protocol):
             self._producer.finish()  # this may have been the confirmation it waits for
 
     def report(self, error: ReportedError) -> None:
-        log = self._log.debug if isinstance(error, CannotConnectNow) else self._log.warn
-        log(
+        log = self._log.warn
+        if isinstance(error, CannotConnectNow):
+            log = self._log.debug
+        elif isinstance(error, StreamingEnded):
+            log = self._log.info
+        self._tell(
+            log,
             "{peer}: {severity} {sqlstate}: {text}{more}",
-            peer=self.peer,
             severity=error.severity,
             sqlstate=error.sqlstate,
-            text=error.message,
-            more=f" ({error.log})" if error.log else "",
+            text=printable(error.message),
+            more=f" ({printable(error.log)})" if error.log else "",
         )
 
     def note(self, text: str) -> None:
-        self._log.info("{peer}: {text}", peer=self._replica or self.peer, text=text)
+        self._tell(self._log.info, "{who}: {text}", who=self._replica or self.peer, text=text)
 
     def close(self) -> None:
         self.factory.senders.discard(self.pid)
@@ -252,6 +281,36 @@ class WalSenderProtocol(Protocol):
             self._heartbeat.ask()
 
     # --- within ----------------------------------------------------------------------------
+
+    def _tell(self, log: Callable[..., None], text: str, /, **fields: Any) -> None:
+        """Tell the operator something of this connection."""
+        session = self._session
+        log(session.log_prefix + text, **(session.log_fields | {"peer": self.peer} | fields))
+
+    def _check_allowed(self) -> None:
+        self._passes(self._stream.require_allowed)
+
+    def _check(self) -> None:
+        """There has been nothing to send for a while."""
+        if self._passes(self._stream.check):
+            self._send_keepalive(True)
+
+    def _passes(self, check: Callable[[], None]) -> bool:
+        """Whether the stream passes this check; it has ended if not."""
+        try:
+            check()
+        except ReportedError as error:
+            self._session.fail(error)
+        except Exception:
+            self.broken()
+        else:
+            return True
+        return False
+
+    def _stop_checking(self) -> None:
+        if self._lull is not None:
+            self._lull.stop()
+            self._lull = None
 
     def _deal(self, limit: int) -> bool:
         more = False
@@ -298,17 +357,29 @@ class WalSenderProtocol(Protocol):
 class WalSenderFactory(Factory):
     """Makes a :class:`WalSenderProtocol` for every client that connects.
 
-    ``clock`` is the reactor.  ``options`` are those of
-    :class:`~walproto.server.configuration.Configuration`.
+    Everybody is served the ``timeline``; or, if that is an :class:`IServices`, what it decides.
+    ``slots`` are the replication slots on the timeline, None if there can be none.  ``clock`` is
+    the reactor.  ``options`` are those of :class:`~walproto.server.configuration.Configuration`.
     """
 
     noisy = False
     _log = Logger()
 
-    def __init__(self, timeline: ITimeline, clock: IReactorTime, **options: Any) -> None:
-        self.configuration = Configuration(timeline, **options)
+    def __init__(
+        self,
+        timeline: ITimeline | IServices,
+        clock: IReactorTime,
+        *,
+        slots: Slots | None = None,
+        **options: Any,
+    ) -> None:
+        self.services: IServices
+        if IServices.providedBy(timeline):
+            self.services = timeline
+        else:
+            self.services = OneTimeline(timeline, slots)
+        self.configuration = Configuration(**options)
         self.clock = clock
-        self.piece = Piece(timeline)
         self.connections: dict[int, WalSenderProtocol] = {}
         self.senders: set[int] = set()
         """The process IDs of those that count as WAL senders."""

@@ -19,12 +19,16 @@ from walproto.wire.messages import (
     RowDescription,
 )
 
-Answer = Generator[bytes | Deferred[Any], None, None]
-"""The messages that answer a command, one after the other.
+Wait = Generator[Deferred[Any], None, None]
+"""What there is to wait for: it goes on when a Deferred that it yields has fired, and if it has
+failed, that is thrown into it.  It may be closed instead: nobody waits any longer."""
 
-It may yield a Deferred, too: then it goes on when that has fired, and if it has failed, that is
-thrown into it.  What it raises is an error of the command.  It may be closed instead: the client
-does not wait any longer.
+Answer = Generator[bytes | Deferred[Any], None, None]
+"""The messages that answer a command, one after the other; it may wait, too, as a :data:`Wait`.
+What it raises is an error of the command."""
+
+StreamAnswer = Generator[bytes | Deferred[Any], None, tuple[int, int] | None]
+"""An answer to START_REPLICATION: if it returns a timeline ID and an LSN, the stream begins there.
 """
 
 TEXT = (25, -1)

@@ -8,13 +8,13 @@ is the whole protocol: each line reads *in this state, when that happens, go the
 
 ::
 
-    starting ─▶ authenticating ─▶ idle ◀─────────▶ streaming ─▶ stream_ended ─▶ idle
-                                  ▲ │ ▲ │              │
-                                  │ ▼ │ ▼              ▼
-                            skipping  waiting      stopping ─▶ closed  (◀─ all the others)
+    starting ─▶ opening ─▶ authenticating ─▶ idle ◀─────────▶ streaming ─▶ stream_ended ─▶ idle
+                                             ▲ │ ▲ │              │
+                                             │ ▼ │ ▼              ▼
+                                       skipping  waiting      stopping ─▶ closed  (◀─ all others)
 
-While waiting, for a disk or another session, nothing that the client says is dealt with, but for a
-CancelRequest.
+While opening or waiting, for a disk or another session, nothing that the client says is dealt with,
+but for a CancelRequest.
 
 An event that an output causes is queued by the machine until that output has returned.
 
@@ -24,6 +24,8 @@ PostgreSQL: ``PostgresMain`` and ``forbidden_in_wal_sender`` in ``postgres.c``, 
 
 from __future__ import annotations
 
+from typing import Any
+
 from automat import TypeMachineBuilder
 
 from walproto.errors import ReportedError
@@ -32,7 +34,8 @@ from walproto.server.answers import Answers
 from walproto.server.authentication import Exchange
 from walproto.server.configuration import Configuration
 from walproto.server.events import Connection, Events
-from walproto.server.results import Answer
+from walproto.server.results import Answer, StreamAnswer, Wait
+from walproto.server.service import IServices, Service, Stream
 from walproto.server.settings import Settings
 from walproto.server.slot_commands import SlotCommands
 from walproto.server.startup import (
@@ -49,10 +52,12 @@ from walproto.wire.framing import Framing
 class Session:
     """The conversation on one connection."""
 
-    def __init__(self, connection: Connection, configuration: Configuration) -> None:
+    def __init__(
+        self, connection: Connection, services: IServices, configuration: Configuration
+    ) -> None:
         self.connection = connection
+        self.services = services
         self.configuration = configuration
-        self.timeline = configuration.timeline
         self.framing = Framing()
         self.is_starting = True
         """Whether startup packets are awaited, and not messages."""
@@ -60,17 +65,22 @@ class Session:
         """Whether the startup phase is over."""
         self.is_closed = False
         self.encryption_refused: set[int] = set()
+        self.log_prefix = ""
+        """What a line in the log about this session begins with, in terms of ``log_fields``."""
+        self.log_fields: dict[str, Any] = {}
         self.startup: Startup
+        self.service: Service
         self.exchange: Exchange
         self.settings: Settings
         self.major: int
         self.answers: Answers
-        self.answer: Answer
-        """The one to the command that was the last."""
+        self.answer: Answer | StreamAnswer | Wait
+        """The one to the command that was the last; while opening, what that waits for."""
         self.is_waiting = False
-        """Whether that answer waits for something."""
+        """Whether that waits for something."""
         self.slots: SlotCommands
         self.system_identified = False
+        self.stream: Stream
         self.replica: Replica
         self.events: Events = _machine(self)
         event_of = {
@@ -132,7 +142,8 @@ class Session:
         packet = self.framing.next_startup_packet()
         if packet is None:
             return False
-        match parse_startup_packet(packet, self.configuration.newest_protocol_version):
+        newest_version = self.services.newest_protocol_version(self.configuration)
+        match parse_startup_packet(packet, newest_version):
             case EncryptionRequest() as encryption_request:
                 self.events.encryption_requested(encryption_request)
             case Cancellation() as cancellation:
@@ -146,6 +157,7 @@ _builder = TypeMachineBuilder(Events, Session)
 E = Events
 
 starting = _builder.state("starting")
+opening = _builder.state("opening")  # what there is to serve is being looked for
 authenticating = _builder.state("authenticating")
 idle = _builder.state("idle")
 waiting = _builder.state("waiting")  # with an answer, and every message behind its question
@@ -157,7 +169,11 @@ closed = _builder.state("closed")
 
 starting.upon(E.encryption_requested).loop()(do.refuse_encryption)
 starting.upon(E.cancel_requested).to(closed)(do.pass_cancellation_on)
-starting.upon(E.startup_received).to(authenticating)(do.begin_authentication)
+starting.upon(E.startup_received).to(opening)(do.open_service)
+
+opening.upon(E.waiting_began).loop()(do.wait)
+opening.upon(E.wait_over).loop()(do.go_on_with_opening)
+opening.upon(E.opened).to(authenticating)(do.begin_authentication)
 
 authenticating.upon(E.password).loop()(do.go_on_with_authentication)
 authenticating.upon(E.authenticated).to(idle)(do.greet)
@@ -209,12 +225,12 @@ for _state in (streaming, stream_ended, stopping):
         *(E.query, E.sync, E.flush, E.copy_fail),
         *(E.password, E.extended_query, E.function_call),
     ):
-        _state.upon(_message).loop()(do.refuse_standby_message)
+        _state.upon(_message).loop()(do.hear_other)
 
-for _state in (starting, authenticating, idle, waiting, skipping):
+for _state in (starting, opening, authenticating, idle, waiting, skipping):
     _state.upon(E.shutdown_requested).to(closed)(do.tell_shutdown_and_close)
 
-for _state in (starting, authenticating, idle, skipping):
+for _state in (starting, opening, authenticating, idle, skipping):
     _state.upon(E.cancelled).loop()(do.ignore)
 for _state in (waiting, streaming, stream_ended):
     _state.upon(E.cancelled).to(idle)(do.tell_cancellation)
@@ -222,11 +238,11 @@ stopping.upon(E.cancelled).to(closed)(do.tell_shutdown_and_close)
 
 for _state in (idle, streaming, stream_ended):
     _state.upon(E.failed).to(idle)(do.tell_error)
-for _state in (starting, authenticating, skipping, stopping):
+for _state in (starting, opening, authenticating, skipping, stopping):
     _state.upon(E.failed).to(closed)(do.tell_and_close)
 
 for _state in (
-    *(starting, authenticating, idle, waiting, skipping),
+    *(starting, opening, authenticating, idle, waiting, skipping),
     *(streaming, stream_ended, stopping),
 ):
     _state.upon(E.failed_fatally).to(closed)(do.tell_and_close)

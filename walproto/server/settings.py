@@ -183,7 +183,7 @@ class Settings:
 
     def set_options(self, options: str) -> None:
         """Set what the startup parameter ``options`` asks for (``process_postgres_switches``)."""
-        words = iter(_split_options(options))
+        words = map(unescape_option, split_options(options))
         for word in words:
             if word == "--":
                 return
@@ -283,11 +283,15 @@ def format_size(size: int | None) -> str:
     return f"{megabytes}MB"
 
 
-def _split_options(options: str) -> list[str]:
-    """Words between white space; a backslash takes the next character as it is
-    (``pg_split_opts``)."""
-    words = re.findall(r"(?:\\.|[^\s\\])+", options, re.DOTALL)
-    return [re.sub(r"\\(.)", r"\1", word, flags=re.DOTALL) for word in words]
+def split_options(options: str) -> list[str]:
+    """Words between white space, a backslash and the character behind it taken as they are
+    (``pg_split_opts``); they are still escaped."""
+    return re.findall(r"(?:\\.|[^\s\\])+", options, re.DOTALL)
+
+
+def unescape_option(word: str) -> str:
+    """A word of ``options`` without the backslashes that escape what is in it."""
+    return re.sub(r"\\(.)", r"\1", word, flags=re.DOTALL)
 
 
 def _check_timeout(value: str) -> str:

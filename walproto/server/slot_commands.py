@@ -41,7 +41,7 @@ from walproto.wire.commands import (
     Options,
     ReadReplicationSlot,
 )
-from walproto.wire.replication import Feedback, StatusUpdate
+from walproto.wire.replication import Feedback, PageserverFeedback, StatusUpdate
 
 _SNAPSHOTS = ("export", "nothing", "use")
 
@@ -49,13 +49,20 @@ _SNAPSHOTS = ("export", "nothing", "use")
 class SlotCommands:
     """What the session of ``holder`` does with ``slots``.
 
-    Without any it is as on a server whose ``max_replication_slots`` is 0.
+    Without any it is as on a server whose ``max_replication_slots`` is 0; ``why_none`` tells the
+    operator why that is.
     """
 
     def __init__(
-        self, slots: Slots | None, timeline: ITimeline, holder: Holder, major: int
+        self,
+        slots: Slots | None,
+        timeline: ITimeline,
+        holder: Holder,
+        major: int,
+        why_none: str,
     ) -> None:
         self._slots = slots
+        self._why_none = why_none
         self._timeline = timeline
         self._holder = holder
         self._major = major
@@ -132,8 +139,7 @@ class SlotCommands:
         return ConfigurationLimitExceeded(
             "all replication slots are in use",
             hint=f"Free one or increase {self._name('max_replication_slots')}.",
-            log="there are slots only on WAL that is received (--upstream): let the client do "
-            "without one"
+            log=f"{self._why_none}: let the client do without one"
             if self._slots is None
             else "drop one, or increase --max-replication-slots",
         )
@@ -177,10 +183,10 @@ class SlotCommands:
             name = segment_name(file_tli, lsn // size, size)
             raise UndefinedFile(f"requested WAL segment {name} has already been removed")
 
-    def hear(self, message: StatusUpdate | Feedback) -> None:
+    def hear(self, message: StatusUpdate | Feedback | PageserverFeedback) -> None:
         """What the replica says of itself, the slot keeps."""
         slot = self._used
-        if slot is None:
+        if slot is None or isinstance(message, PageserverFeedback):
             return
         assert self._slots is not None
         if isinstance(message, StatusUpdate):

@@ -13,8 +13,9 @@ there was progress.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
@@ -32,7 +33,7 @@ from walproto.timeline.survey import survey
 from walproto.timeline.tail import Tail
 from walproto.timeline.watch import DirectoryWatch
 from walproto.wal.pages import Identity
-from walproto.wal.segments import Segments, Stamp
+from walproto.wal.segments import OpenFiles, Segments, Stamp
 
 STEP = 256 * 1024
 """Bytes of WAL walked over in one turn of the reactor: a few milliseconds of it."""
@@ -46,13 +47,23 @@ class WalDirectory:
     """The WAL in ``directory``, from :meth:`start` to :meth:`stop`.
 
     ``clock`` is the reactor.  ``received`` is what is being received into the directory, if that
-    is so: whoever does it calls :meth:`look` when there is more of it.
+    is so: whoever does it calls :meth:`look` when there is more of it.  ``files`` bounds how many
+    are kept open, together with others that share it.  ``log_prefix`` is what a line in the log
+    begins with, in terms of ``log_fields``.
+
+    Whoever watches the directory himself does not start it, but calls :meth:`look` all the time.
     """
 
     _log = Logger()
 
     def __init__(
-        self, directory: Path | str, clock: IReactorTime, received: Received | None = None
+        self,
+        directory: Path | str,
+        clock: IReactorTime,
+        received: Received | None = None,
+        files: OpenFiles | None = None,
+        log_prefix: str = "",
+        log_fields: Mapping[str, Any] | None = None,
     ) -> None:
         self.directory = Path(directory)
         self.replicas = Replicas()
@@ -61,6 +72,9 @@ class WalDirectory:
         self.history: History
         self._clock = clock
         self._received = received
+        self._files = files
+        self._log_prefix = log_prefix
+        self._log_fields = log_fields or {}
         self._watch = DirectoryWatch(self.directory, clock, self.look, by_inotify=not received)
         self._observers: set[Callable[[], None]] = set()
         self._next_step: IDelayedCall | None = None
@@ -233,11 +247,11 @@ class WalDirectory:
             self._wait_for(f"there is no WAL in {self.directory} yet: waiting for a first segment")
             return None
         for note in found.notes:
-            self._log.warn("{directory}: {note}", directory=str(self.directory), note=note)
+            self._warn("{directory}: {note}", directory=str(self.directory), note=note)
         self.identity = found.identity
         self._first_lsn = found.first_lsn
         self._segments = (
-            Segments(self.directory, found.identity)
+            Segments(self.directory, found.identity, self._files)
             if self._received is None
             else ReceivedSegments(self.directory, found.identity, self._received)
         )
@@ -262,8 +276,9 @@ class WalDirectory:
             return
         self._ready = True
         self._adopt(tail)
-        self._log.info(
-            "ready to serve timeline {tli} of system {system} from {start} to {end}",
+        self._info(
+            "ready to serve timeline {tli} of system {system} from {start} to {end} in {directory}",
+            directory=str(self.directory),
             tli=tail.history.tli,
             system=self.identity.system_identifier,
             start=format_lsn(min(self._first_lsn, tail.start)),
@@ -274,7 +289,7 @@ class WalDirectory:
         self._waiting_for = what
         if what not in self._said:
             self._said.add(what)
-            self._log.warn("{what}", what=what)
+            self._warn("{what}", what=what)
 
     def _adopt(self, tail: Tail) -> None:
         """Make the tail's timeline the current one."""
@@ -355,7 +370,7 @@ class WalDirectory:
             return
         if self._segments.read(tail.history.tli, found.last_lsn, 1):  # it may not be seen yet
             self._newer = Tail(self._segments, self.identity, tail.history, found.last_lsn)
-            self._log.warn(
+            self._warn(
                 "{path}, LSN {lsn}: WAL ends here, and goes on at {further}: going on from there",
                 path=str(self.directory / tail.file_name()),
                 lsn=format_lsn(tail.end),
@@ -368,6 +383,9 @@ class WalDirectory:
         walk over at once."""
         try:
             self._newer = newer = self._succession.look(tail.history, self._newer)
+        except FileNotFoundError:
+            self._wait_for(f"{self.directory} is missing: put it back if it was not to be removed")
+            newer = self._newer
         except (OSError, ValueError) as error:
             self._wait_for(f"cannot follow newer timelines in {self.directory}: {error}")
             newer = self._newer
@@ -376,7 +394,7 @@ class WalDirectory:
         more = self._advance(newer)
         if newer.is_found and newer.end >= newer.history.start_lsn:
             if newer.history != tail.history:
-                self._log.info(
+                self._info(
                     "now serving timeline {new}, which branched off timeline {old} at {switch}",
                     old=newer.history.ancestors[-1].tli,
                     switch=format_lsn(newer.history.start_lsn),
@@ -384,6 +402,12 @@ class WalDirectory:
                 )
             self._adopt(newer)
         return more
+
+    def _info(self, text: str, **fields: Any) -> None:
+        self._log.info(self._log_prefix + text, **self._log_fields, **fields)
+
+    def _warn(self, text: str, **fields: Any) -> None:
+        self._log.warn(self._log_prefix + text, **self._log_fields, **fields)
 
     def _file_tli(self, lsn: int) -> int:
         return self.history.file_tli(lsn, self.identity.segment_size)

@@ -1,4 +1,4 @@
-"""A replication connection to a server, made by libpq and driven by the reactor.
+"""A connection to a server, made by libpq and driven by the reactor.
 
 libpq knows all that a connection string may say: hosts that are tried in turn, TLS, passwords and
 where they are kept.  It connects in a thread of its own, for it may wait there for a name server
@@ -54,6 +54,17 @@ def replication_conninfos(conninfo: str) -> list[str]:
     always from the first, be it one that answers and is of no use.  Raises ValueError if it is no
     connection string.
     """
+    # As walreceiver has it: "replication" is the database in a password file.
+    return _conninfos(conninfo, replication="true", dbname="replication")
+
+
+def ordinary_conninfo(conninfo: str) -> str:
+    """The connection string for a connection as ``conninfo`` has it that is not for replication,
+    whatever it says of that.  Raises ValueError if it is no connection string."""
+    return _conninfos(conninfo, replication="")[0]  # empty, libpq does not send it
+
+
+def _conninfos(conninfo: str, **ours: str) -> list[str]:
     try:
         given = {name: str(value) for name, value in conninfo_to_dict(conninfo).items()}
         service = given.get("service") or os.environ.get("PGSERVICE")
@@ -63,8 +74,7 @@ def replication_conninfos(conninfo: str) -> list[str]:
             made |= {name: settings[name] for name in _FROM_SERVICE if settings.get(name)}
         if not settings.get("connect_timeout"):
             made["connect_timeout"] = CONNECT_TIMEOUT
-        # As walreceiver has it: "replication" is the database in a password file.
-        made |= {"replication": "true", "dbname": "replication"}
+        made |= ours
         lists = {name: settings[name].split(",") for name in _HOSTS if settings.get(name)}
         count = max(map(len, lists.values()), default=1)
         return [make_conninfo(conninfo, **(made | _turned(lists, turn))) for turn in range(count)]
@@ -197,6 +207,8 @@ class Connection:
         self._cut: UpstreamError | None = None
         self._error: UpstreamError | None = None
         self.heard: Callable[[], None] = lambda: None
+        self.notice: Callable[[str], None] = self._log_notice
+        """Called with the text of each notice that the server sends."""
         self.peer = _address(pgconn)
         self.major = pgconn.server_version // 10000
         pgconn.nonblocking = 1
@@ -372,7 +384,9 @@ class Connection:
             self._reactor.removeWriter(self)
 
     def _notice(self, result: PGresult) -> None:
-        text = result.error_message.decode("utf-8", "replace").strip()
+        self.notice(result.error_message.decode("utf-8", "replace").strip())
+
+    def _log_notice(self, text: str) -> None:
         self._log.info("{peer} says: {text}", peer=self.peer, text=text)
 
     def _end(self, error: UpstreamError) -> None:

@@ -17,6 +17,7 @@ import os
 import stat
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,7 +36,7 @@ def stamp_of(status: os.stat_result) -> Stamp:
 
 
 _MAX_OPEN = 64
-"""How many segments are kept open."""
+"""How many segments are kept open, unless it is said otherwise."""
 
 
 def open_file(path: Path | str) -> int:
@@ -75,13 +76,53 @@ class _OpenSegment:
         os.close(self.fd)
 
 
-class Segments:
-    """Reads the segments of one cluster, whose ``identity`` their first pages must show."""
+class OpenFiles:
+    """Bounds how many segments are kept open, by all :class:`Segments` that share it: to ``limit``,
+    for which those that were not used for longest are closed."""
 
-    def __init__(self, directory: Path, identity: Identity) -> None:
+    def __init__(self, limit: int | None = None) -> None:
+        self._limit = _MAX_OPEN if limit is None else limit
+        self._used: OrderedDict[_OpenSegment, Callable[[], None]] = OrderedDict()
+
+    def use(self, segment: _OpenSegment, close: Callable[[], None]) -> None:
+        """The segment is being used; ``close()`` closes it when it no longer is."""
+        self._used[segment] = close
+        self._used.move_to_end(segment)
+        if len(self._used) > self._limit:
+            self._used.popitem(last=False)[1]()
+
+    def forget(self, segment: _OpenSegment) -> None:
+        """The segment is closed."""
+        self._used.pop(segment, None)
+
+
+def read_history(directory: Path, tli: int) -> bytes:
+    """The contents of the timeline's history file; UndefinedFile if there is none."""
+    name = history_name(tli)
+    path = directory / name
+    try:
+        with open(open_file(path), "rb") as file:
+            return file.read()
+    except OSError as error:
+        log = f"{path}: {error.strerror}"
+        if error.errno == errno.ENOENT and tli > 1:
+            log += ": copy it there from the server's pg_wal"
+        raise UndefinedFile(
+            f'could not open file "pg_wal/{name}": {error.strerror}', log=log
+        ) from None
+
+
+class Segments:
+    """Reads the segments of one cluster, whose ``identity`` their first pages must show.
+
+    ``files`` is shared with others, if it is given.
+    """
+
+    def __init__(self, directory: Path, identity: Identity, files: OpenFiles | None = None) -> None:
         self.directory = directory
         self._identity = identity
-        self._open: OrderedDict[tuple[int, int], _OpenSegment] = OrderedDict()
+        self._files = files or OpenFiles()
+        self._open: dict[tuple[int, int], _OpenSegment] = {}
 
     def name(self, tli: int, lsn: int) -> str:
         """The name of the segment of ``tli`` that holds ``lsn``."""
@@ -129,18 +170,7 @@ class Segments:
 
     def read_history(self, tli: int) -> bytes:
         """The contents of the timeline's history file; UndefinedFile if there is none."""
-        name = history_name(tli)
-        path = self.directory / name
-        try:
-            with open(open_file(path), "rb") as file:
-                return file.read()
-        except OSError as error:
-            log = f"{path}: {error.strerror}"
-            if error.errno == errno.ENOENT and tli > 1:
-                log += ": copy it there from the server's pg_wal"
-            raise UndefinedFile(
-                f'could not open file "pg_wal/{name}": {error.strerror}', log=log
-            ) from None
+        return read_history(self.directory, tli)
 
     def forget_before(self, lsn: int) -> None:
         """Close the files of segments that end at or before ``lsn``, for they were removed: as
@@ -149,8 +179,8 @@ class Segments:
             self._forget(*key)
 
     def close(self) -> None:
-        while self._open:
-            self._open.popitem()[1].close()
+        for key in list(self._open):
+            self._forget(*key)
 
     def _read(self, tli: int, lsn: int, read: Callable[[int, int], Result]) -> Result:
         """What ``read`` returns, called with the segment's file descriptor and the offset."""
@@ -174,14 +204,13 @@ class Segments:
         segment = self._open.get(key)
         if segment is None:
             segment = self._open[key] = self._open_segment(tli, lsn)
-            if len(self._open) > _MAX_OPEN:
-                self._open.popitem(last=False)[1].close()
-        else:
-            self._open.move_to_end(key)
+        self._files.use(segment, partial(self._forget, *key))
         return segment
 
     def _forget(self, tli: int, segno: int) -> None:
-        self._open.pop((tli, segno)).close()
+        segment = self._open.pop((tli, segno))
+        self._files.forget(segment)
+        segment.close()
 
     def _open_segment(self, tli: int, lsn: int) -> _OpenSegment:
         name = self.name(tli, lsn)

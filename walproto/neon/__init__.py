@@ -1,0 +1,1 @@
+"""What a Neon safekeeper's WAL sender does beyond PostgreSQL's: many timelines, call-backs."""

@@ -1,0 +1,278 @@
+"""The options of ``twist walsender``: what they are, and what may be wrong with them.
+
+What is wrong ends the program with one line on standard error and exit status 1.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from twisted.python.usage import Options as UsageOptions
+from twisted.python.usage import UsageError
+
+from walproto.errors import InvalidParameterValue
+from walproto.lsn import parse_lsn
+from walproto.neon.callback import parse_address
+from walproto.server.configuration import parse_version
+from walproto.server.settings import parse_megabytes, parse_milliseconds
+
+DEFAULT_ENDPOINT = "tcp:5433:interface=127.0.0.1"
+
+
+def _time(name: str, text: str) -> float:
+    """Seconds that a time such as ``60s`` or ``1min`` stands for."""
+    return parse_milliseconds(name, text) / 1000
+
+
+def _period(name: str, text: str) -> float:
+    """As `_time`, but more than 0."""
+    period = _time(name, text)
+    if not period:
+        raise InvalidParameterValue(
+            f'invalid value for parameter "{name}": "{text}"', hint="It must be more than 0."
+        )
+    return period
+
+
+def _size(name: str, text: str) -> int:
+    """Bytes that a size such as ``64MB`` or ``64`` stands for."""
+    return parse_megabytes(name, text, 0) << 20
+
+
+def _bound(name: str, text: str) -> int | None:
+    """As :func:`_size`; None for ``-1``, no bound."""
+    megabytes = parse_megabytes(name, text, -1)
+    return None if megabytes == -1 else megabytes << 20
+
+
+def _count(name: str, text: str) -> int:
+    """A number from 0 to 262143, which is MAX_BACKENDS."""
+    if not re.fullmatch("[0-9]{1,6}", text) or int(text) > 262143:
+        raise InvalidParameterValue(f'invalid value for parameter "{name}": "{text}"')
+    return int(text)
+
+
+_VALUES: dict[str, Callable[[str, str], Any]] = {
+    "wal-sender-timeout": _time,
+    "wal-sender-shutdown-timeout": _time,
+    "wal-receiver-timeout": _time,
+    "wal-keep-size": _size,
+    "max-slot-wal-keep-size": _bound,
+    "max-wal-senders": _count,
+    "max-replication-slots": _count,
+    "recall-period": _period,
+}
+"""The options whose values are those of configuration parameters."""
+
+
+class Options(UsageOptions):
+    synopsis = (
+        "(--wal-dir DIR [--upstream CONNINFO] | --data-dir DIR) [--listen ENDPOINT]... [options]"
+    )
+    longdesc = (
+        "Serves the PostgreSQL WAL in a directory to standbys, pg_receivewal and every other "
+        "client of the streaming replication protocol. The directory may be a primary's live "
+        "pg_wal or an archive, and then nothing in it is ever changed; or, with --upstream, one "
+        "into which WAL is received from a live server. With --data-dir it is a "
+        "safekeeper's, with many timelines. WAL contains every row of the database, "
+        "and whoever can connect is served: listen only where you trust everybody."
+    )
+    optParameters: ClassVar = [
+        ["wal-dir", "d", None, "The directory with the WAL segments and history files."],
+        [
+            "upstream",
+            "u",
+            None,
+            "Receive WAL into the directory from the server that this libpq connection string "
+            "names: a primary, a standby, or another walsender. [default: receive nothing]",
+        ],
+        ["upstream-slot", None, None, "The physical replication slot to use on the upstream."],
+        [
+            "upstream-start",
+            None,
+            None,
+            "The LSN to begin with if the directory is empty. [default: what the slot has "
+            "reserved, else the upstream's current segment]",
+        ],
+        [
+            "wal-receiver-timeout",
+            None,
+            "60s",
+            "Connect anew to an upstream that has been silent for so long; 0 for never.",
+        ],
+        [
+            "data-dir",
+            None,
+            None,
+            "Serve the timelines in DIR/<tenant ID>/<timeline ID>/ that a safekeeper keeps there.",
+        ],
+        [
+            "advertise",
+            None,
+            None,
+            "Ask pageservers to connect to us at HOST:PORT. [default: ask none]",
+        ],
+        [
+            "recall-period",
+            None,
+            None,
+            "Ask a pageserver again after so long, until it streams. [default: 10s]",
+        ],
+        [
+            "wal-keep-size",
+            None,
+            None,
+            "Remove received WAL that is further behind its end than so many megabytes, and is "
+            "needed by no slot and no connected client. [default: remove nothing]",
+        ],
+        [
+            "max-slot-wal-keep-size",
+            None,
+            None,
+            "Invalidate a slot that keeps more than so many megabytes of WAL; needs "
+            "--wal-keep-size. [default: -1, keep as much as it takes]",
+        ],
+        [
+            "max-replication-slots",
+            None,
+            None,
+            "How many replication slots there may be on what is received. [default: 10]",
+        ],
+        [
+            "max-wal-senders",
+            None,
+            "10",
+            "How many clients may be connected at the same time.",
+        ],
+        [
+            "server-version",
+            None,
+            None,
+            "The server_version that clients are told, such as 18.6. [default: the major version "
+            "that wrote the WAL]",
+        ],
+        [
+            "wal-sender-timeout",
+            None,
+            "60s",
+            "Disconnect a client that has been silent for so long while it streams; 0 for never. "
+            "A client may choose its own by options='-c wal_sender_timeout=...'.",
+        ],
+        [
+            "wal-sender-shutdown-timeout",
+            None,
+            "10s",
+            "At shutdown, wait so long for clients to confirm that they have received all WAL.",
+        ],
+    ]
+
+    optFlags: ClassVar = [
+        ["upstream-create-slot", None, "Create the slot on the upstream if it is not there."],
+        [
+            "hot-standby-feedback",
+            None,
+            "Tell the upstream which transactions our standbys' queries still need to see.",
+        ],
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self["listen"] = []
+
+    def opt_listen(self, endpoint: str) -> None:
+        """Where to listen, as a Twisted endpoint: tcp:5433, unix:/run/walsender/.s.PGSQL.5433,
+        ...; may be given more than once. [default: tcp:5433:interface=127.0.0.1]"""
+        self["listen"].append(endpoint)
+
+    opt_l = opt_listen
+
+    def parseOptions(self, options: Sequence[str] | None = None) -> None:
+        try:
+            super().parseOptions(options)
+        except UsageError as error:
+            raise SystemExit(f"twist walsender: {error}") from None
+
+    def parseArgs(self, *arguments: str) -> None:
+        if arguments:
+            raise UsageError(f"unexpected argument: {arguments[0]}")
+
+    def postOptions(self) -> None:
+        if self["data-dir"] is not None:
+            for name in ("wal-dir", "upstream"):
+                if self[name] is not None:
+                    raise UsageError(f"--{name} and --data-dir exclude each other: say one")
+        elif not self["wal-dir"]:
+            raise UsageError(
+                "--wal-dir is missing: say which directory holds the WAL (--data-dir if it is a "
+                "safekeeper's)"
+            )
+        self._check_directory("wal-dir" if self["data-dir"] is None else "data-dir")
+        self._check_upstream()
+        self._check_callbacks()
+        if self["max-slot-wal-keep-size"] is not None and self["wal-keep-size"] is None:
+            raise UsageError("--max-slot-wal-keep-size means nothing without --wal-keep-size")
+        for name, value in _VALUES.items():
+            if self[name] is None:
+                continue
+            try:
+                self[name] = value(name.replace("-", "_"), self[name])
+            except InvalidParameterValue as error:
+                hint = f" ({error.hint})" if error.hint else ""
+                raise UsageError(f"--{name}: {error.message}{hint}") from None
+        if self["server-version"] is not None:
+            try:
+                parse_version(self["server-version"])
+            except ValueError as error:
+                raise UsageError(f"--server-version: {error}") from None
+        self["listen"] = self["listen"] or [DEFAULT_ENDPOINT]
+
+    def _check_directory(self, name: str) -> None:
+        directory = self[name]
+        if not os.path.isdir(directory):
+            what = "not a directory" if os.path.exists(directory) else "no such directory"
+            raise UsageError(f"--{name}: {what}: {directory}")
+        if not os.access(directory, os.R_OK | os.X_OK):
+            raise UsageError(f"--{name}: no permission to read {directory}")
+
+    def _check_callbacks(self) -> None:
+        for name in ("advertise", "recall-period"):
+            if self[name] is not None and self["data-dir"] is None:
+                raise UsageError(f"--{name} means nothing without --data-dir")
+        if self["advertise"] is not None:
+            try:
+                self["advertise"] = parse_address(self["advertise"])
+            except ValueError as error:
+                raise UsageError(f"--advertise: {error}") from None
+        elif self["recall-period"] is not None:
+            raise UsageError("--recall-period means nothing without --advertise")
+
+    def _check_upstream(self) -> None:
+        if self["upstream"] is None:
+            for name in (
+                "upstream-slot",
+                "upstream-start",
+                "upstream-create-slot",
+                "hot-standby-feedback",
+                "wal-keep-size",
+                "max-slot-wal-keep-size",
+                "max-replication-slots",
+            ):
+                if self[name]:
+                    raise UsageError(f"--{name} means nothing without --upstream")
+            return
+        if self["upstream-create-slot"] and self["upstream-slot"] is None:
+            raise UsageError("--upstream-create-slot needs --upstream-slot: say which slot")
+        slot = self["upstream-slot"]
+        if slot is not None and not re.fullmatch("[a-z0-9_]{1,63}", slot):
+            raise UsageError(
+                f'--upstream-slot: invalid replication slot name: "{slot}": such names are of 1 '
+                "to 63 lower case letters, numbers and underscores"
+            )
+        try:
+            start = self["upstream-start"]
+            self["upstream-start"] = 0 if start is None else parse_lsn(start)
+        except ValueError as error:
+            raise UsageError(f"--upstream-start: {error}") from None
