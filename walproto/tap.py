@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -73,12 +74,14 @@ class WalSenderService(Service):
         self._endpoints = endpoints
         self._shutdown_timeout = shutdown_timeout
         self._ports: list[IListeningPort] = []
+        self._is_ending = False
 
     def startService(self) -> None:
         super().startService()
         for description, endpoint in self._endpoints:
             self._listen(description, endpoint)
         self._served.start()
+        self._reactor.callFromThread(self._take_signals)  # when it runs, and has handlers for them
 
     def _listen(self, description: str, endpoint: IStreamServerEndpoint) -> None:
         """Listen there.  SystemExit if it turns out at once that this cannot be; if it does later,
@@ -104,9 +107,23 @@ class WalSenderService(Service):
 
     def stopService(self) -> Deferred[None]:
         super().stopService()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._hurry)
+        self._is_ending = True
         return Deferred.fromCoroutine(self._stop())
+
+    def _take_signals(self) -> None:
+        """Be there before the reactor when a signal comes: the next one may follow at once."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if callable(handler):
+                signal.signal(number, partial(self._end, handler))
+
+    def _end(self, handler: Callable[..., Any], number: int, frame: FrameType | None) -> None:
+        """The first signal ends the reactor."""
+        if self._is_ending:
+            self._hurry(number, frame)
+        else:
+            self._is_ending = True
+            handler(number, frame)
 
     def _hurry(self, number: int, frame: FrameType | None) -> None:
         """A second signal: wait for nobody."""
