@@ -302,7 +302,7 @@ class Model(RuleBasedStateMachine):
                 assert sqlstate in ALLOWED, line
                 if doing == "streaming":
                     assert sqlstate != "58P01" or not peer.may_begin, line
-                if sqlstate in ("53100", "58030"):  # of others nothing comes to the disk
+                if sqlstate in ("53100", "58030", "57P01"):  # of others nothing comes to the disk
                     self.unsure.add(peer.slot)
                 peer.slot = ""
             case "W", "starting to stream":
