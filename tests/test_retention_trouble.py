@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from twisted.python.failure import Failure
 
 from tests.disk import Disk
 from tests.retained import (
@@ -197,6 +199,34 @@ def test_what_slots_do_while_they_are_saved_counts(kept: Make) -> None:
     assert one.there()[0] == 108
 
 
+@pytest.mark.parametrize("call", ["open .", "fsync ."])
+def test_what_nobody_was_told_of_does_not_stay_on_disk(
+    kept: Make, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """A slot that was made in vain, for all that is known, or dropped in vain: the next look puts
+    right what the file says."""
+    one = kept()
+    one.slot("there", 103 * MB)
+    one.look()
+    disk = Disk(one.path, monkeypatch)
+    disk.failing = {call: errno.EMFILE}
+
+    def on_disk() -> list[str]:
+        return re.findall('"name": "([a-z]+)"', (one.path / "walproto.slots").read_text())
+
+    session, failures = Session(), list[Failure]()
+    one.slots.create("new", session, restart_lsn=104 * MB).addErrback(failures.append)
+    one.threads.work_all()
+    assert on_disk() == ["there", "new"]
+    one.slots.drop(one.slots.acquire("there", session)).addErrback(failures.append)
+    one.threads.work_all()
+    assert on_disk() == []
+    assert len(failures) == 2
+    disk.failing = {}
+    one.look()
+    assert on_disk() == ["there"]
+
+
 # --- The end, and another beginning --------------------------------------------------------------
 
 
@@ -223,6 +253,7 @@ def test_it_is_stopped_in_the_middle(
     one.threads.finish()
     one.threads.work_all()
     assert stopped == [None]
+    assert len(one.clock.getDelayedCalls()) == 1  # the directory's poll
     assert one.there()[0] == first
     one.come(LAST)
     one.clock.advance(10 * INTERVAL)
@@ -236,6 +267,15 @@ def test_it_is_stopped_when_nothing_is_under_way(kept: Make) -> None:
     one.clock.advance(10 * INTERVAL)
     assert one.threads.waiting == 0
     assert one.retention.stop().called
+
+
+def test_what_was_removed_of_other_wal_means_nothing(kept: Make, tmp_path: Path) -> None:
+    """The segments are gone, but not the slots that were on them; and now there are others."""
+    write_slots(tmp_path, [], removed_to=50 << 30)
+    one = kept(wal_keep_size=0)
+    slot = one.slot("new", 103 * MB)
+    assert slot.restart_lsn == 103 * MB
+    assert one.look()[0] == 103
 
 
 def test_after_a_crash_slots_reserve_what_there_is(kept: Make) -> None:

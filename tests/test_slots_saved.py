@@ -269,6 +269,21 @@ def test_how_far_wal_is_removed_is_saved_with_them(setting: Setting) -> None:
     assert slot.restart_lsn == 4000
 
 
+def test_what_was_removed_of_other_wal_means_nothing(tmp_path: Path, logged: Logged) -> None:
+    write_slots(tmp_path, STATES, removed_to=9000)
+    slots = Slots(tmp_path, AtOnce())
+    slots.look_at_end(9000)
+    assert logged.lines() == []
+    slots.look_at_end(8999)
+    (told,) = logged.lines()
+    assert "WAL had been removed up to 0/2328, but what is here ends at 0/2327: see" in told
+    session = Session(slots, 1)
+    slots.create("new", session, restart_lsn=100)
+    new = slots.get("new")
+    assert new is not None
+    assert new.restart_lsn == 100
+
+
 def test_more_than_there_may_be_is_an_error(tmp_path: Path) -> None:
     """None of them can be done without; it is for the operator to say which."""
     write_slots(tmp_path, STATES)

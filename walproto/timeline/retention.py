@@ -119,15 +119,22 @@ class Retention:
 
     def start(self) -> None:
         self._is_running = True
+        self._timeline.add_observer(self._ready)
         self._schedule()
 
     def stop(self) -> Deferred[None]:
         """Remove nothing more.  Fires when nothing is under way any longer."""
         self._is_running = False
+        self._timeline.remove_observer(self._ready)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         return self._work or succeed(None)
+
+    def _ready(self) -> None:
+        """It is known what there is; nobody could connect before."""
+        self._timeline.remove_observer(self._ready)
+        self._slots.look_at_end(self._timeline.commit_lsn)
 
     def _schedule(self) -> None:
         self._timer = self._clock.callLater(INTERVAL, self._look)

@@ -333,6 +333,19 @@ class Slots:
         self.kept_from = max(self.kept_from, lsn)
         self._removed_to = max(self._removed_to, lsn)
 
+    def look_at_end(self, lsn: int) -> None:
+        """The WAL that was found ends at ``lsn``.  If more than that had been removed once, it is
+        other WAL, or an earlier state of it, and what had been removed means nothing for it."""
+        if self._removed_to > lsn:
+            self._log.warn(
+                "{path}: WAL had been removed up to {removed}, but what is here ends at {end}: see "
+                "whether the slots in there, and their replicas, still belong to it",
+                path=str(self._directory / NAME),
+                removed=format_lsn(self._removed_to),
+                end=format_lsn(lsn),
+            )
+            self._removed_to = 0
+
     @property
     def is_damaged(self) -> bool:
         """Whether slots have been lost, and nobody has said yet that this is dealt with, by taking
