@@ -31,8 +31,8 @@ def setting() -> Iterator[Setting]:
 
 
 def steps(wal: RealWal, chance: random.Random) -> list[int]:
-    """Where commits stop: within records and headers, between records, at the borders of pages and
-    of segments and close to them; the last one is the end."""
+    """Where commits stop: within records, what fills them up and headers, between records, at the
+    borders of pages and of segments and close to them; the last one is the end."""
     pages = range(wal.start - wal.start % PAGE + PAGE, wal.end, PAGE)
     segments = range(wal.start - wal.start % SEGMENT + SEGMENT, wal.end, SEGMENT)
     within = [record.lsn + chance.randrange(1, record.size) for record in wal.records]
@@ -41,6 +41,7 @@ def steps(wal: RealWal, chance: random.Random) -> list[int]:
         *(chance.choice(pages) + chance.randrange(1, 24) for _ in range(3)),
         *(chance.choice(pages) - chance.randrange(1, 24) for _ in range(3)),
         *chance.sample(within, 6),
+        *(record.end - 1 for record in chance.sample(wal.records, 6)),
         *(record.lsn for record in chance.sample(wal.records, 6)),
         *chance.sample(segments, 2),
         *(lsn + chance.randrange(1, 40) for lsn in segments),

@@ -68,9 +68,9 @@ class Decoder:
             elif self._size:
                 self._record += yield min(left, self._size - len(self._record))
                 if len(self._record) == self._size:
-                    self._take_record()
                     if self.lsn % 8:
                         yield -self.lsn % 8
+                    self._take_record()
                     self.end = self.lsn
             else:
                 self._first = self.lsn
@@ -92,7 +92,7 @@ class Decoder:
             raise InvalidWal(f"{name} has a wrong CRC")
         if self.records and prev != self.records[-1].lsn:
             raise InvalidWal(f"{name} is linked to {int_to_lsn(prev)}")
-        self.records.append(Record(self._first, self._size, self.lsn + -self.lsn % 8))
+        self.records.append(Record(self._first, self._size, self.lsn))
         if (rmid, info & 0xF0) == (0, 0x40):  # XLOG_SWITCH
             self.zeros_to = self.lsn + -self.lsn % SEGMENT
         self._size = 0
