@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo test lint types bench-latency clean
+.PHONY: help venv demo test lint types fuzz bench-latency clean
 
 help: ## Tell what can be made (this)
 	@echo "make TARGET, where TARGET is one of"
@@ -26,6 +26,10 @@ lint: $(INSTALLED) ## Check the style
 
 types: $(INSTALLED) ## Check the types
 	$(BIN)/mypy
+
+SECONDS := 60
+fuzz: $(INSTALLED) ## Fuzz every decoder and the whole session, each for 60 s (SECONDS=60)
+	@$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 bench-latency: $(INSTALLED) ## Measure how long a commit takes through a relay
 	@$(BIN)/python -m benchmarks.commit_latency

@@ -20,17 +20,19 @@ from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from walproto.access.authentication import Trust
+from walproto.access.grant import Grant
 from walproto.errors import CannotConnectNow, InternalError, UndefinedFile
 from walproto.lsn import format_lsn, segment_name
 from walproto.server.configuration import Configuration
 from walproto.server.protocol import WalSenderFactory, WalSenderProtocol
 from walproto.server.results import Wait
 from walproto.server.service import OneTimeline, Service
-from walproto.server.startup import Startup
 from walproto.timeline.history import Ancestor, History
 from walproto.timeline.interfaces import ITimeline
 from walproto.timeline.replicas import Replicas
 from walproto.wal.pages import FORMATS, Identity
+from walproto.wire.startup import Startup
 
 SEGMENT = 1 << 20
 PAGE = 8192
@@ -149,7 +151,10 @@ class SlowTimeline(OneTimeline):
 
     opened: Deferred[None]
 
-    def serve(self, startup: Startup, configuration: Configuration) -> Service:
+    def require_ready(self) -> None:
+        """That is known only when it is open."""
+
+    def serve(self, startup: Startup, configuration: Configuration, grant: Grant) -> Service:
         service = SlowService(self._timeline, self._piece, startup, configuration)
         service.opened = self.opened = Deferred()
         return service
@@ -496,7 +501,9 @@ def _values(contents: bytes) -> Iterator[str]:
 
 
 def server(timeline: Any, clock: Clock, **options: Any) -> WalSenderFactory:
-    """A WAL sender; of the major that the timeline's WAL is, unless the options say another."""
+    """A WAL sender; of the major that the timeline's WAL is, unless the options say another.  It
+    trusts everybody, unless they say whom."""
+    options.setdefault("authenticator", Trust())
     factory = WalSenderFactory(timeline, clock, **options)
     factory.doStart()
     return factory

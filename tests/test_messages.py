@@ -22,7 +22,16 @@ TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])
 @pytest.mark.parametrize(
     ("message", "values", "expected"),
     [
+        (messages.AuthenticationCleartextPassword, {}, "52 00000008 00000003"),
         (messages.AuthenticationOk, {}, "52 00000008 00000000"),
+        (
+            messages.AuthenticationSASL,
+            {"mechanisms": ["A-1", "B", ""]},
+            "52 0000000f 0000000a 412d3100 4200 00",
+        ),
+        (messages.AuthenticationSASLContinue, {"data": b""}, "52 00000008 0000000b"),
+        (messages.AuthenticationSASLContinue, {"data": b"r=1"}, "52 0000000b 0000000b 723d31"),
+        (messages.AuthenticationSASLFinal, {"data": b"v=2"}, "52 0000000b 0000000c 763d32"),
         (
             messages.BackendKeyData,
             {"process_id": 258, "secret_key": b"\xaa\xbb\xcc\xdd"},
@@ -72,6 +81,17 @@ TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])
         (messages.Flush, {}, "48 00000004"),
         (messages.Terminate, {}, "58 00000004"),
         (messages.PasswordMessage, {"data": b"pw\0"}, "70 00000007 707700"),
+        (messages.CleartextPassword, {"password": "é"}, "70 00000007 c3a900"),
+        (
+            messages.SASLInitialResponse,
+            {"mechanism": "A", "length": 2, "data": b"n,"},
+            "70 0000000c 4100 00000002 6e2c",
+        ),
+        (
+            messages.SASLInitialResponse,
+            {"mechanism": "A", "length": -1, "data": None},
+            "70 0000000a 4100 ffffffff",
+        ),
     ],
     ids=lambda value: value.name if isinstance(value, Message) else "",
 )
@@ -161,6 +181,14 @@ def test_what_is_not_as_declared_is_not_parsed(message: Message, contents: bytes
     assert not caught.value.fatal
 
 
+@pytest.mark.parametrize("contents", [b"", b"pw", b"pw\0\0", b"pw\0x", b"\0\0"])
+def test_a_password_fills_its_message(contents: bytes) -> None:
+    with pytest.raises(ProtocolViolation, match="invalid password packet size") as caught:
+        messages.CleartextPassword.parse(contents)
+    assert caught.value.fatal
+    assert messages.CleartextPassword.parse(b"a\xff \0").password == "a\udcff "
+
+
 def test_startup_packets_are_laid_out_as_documented() -> None:
     ssl, gss, cancel = 80877103, 80877104, 80877102
     assert messages.SSLRequest.build({}) == struct.pack(">I", ssl)
@@ -191,6 +219,7 @@ BACKEND = {
 } | {
     message.tag: message
     for message in (
+        messages.AuthenticationOk,
         messages.CommandComplete,
         messages.DataRow,
         messages.ParameterStatus,

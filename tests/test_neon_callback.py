@@ -474,6 +474,7 @@ class Passwords(Calling):
             "hostaddr=192.0.2.1 user=secret": "192.0.2.1:(default)",
             "host='ps\n1' port=1": "ps 1:1",
             "": "(default):(default)",
+            "postgresql://sk:secret@password@ps1:1": "ps1:1",
         }.items():
             self.assertEqual(pageserver_name(connstr), name)
 

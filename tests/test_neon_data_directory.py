@@ -200,6 +200,7 @@ class Finding(InMemory):
         self.path, inside = outside, self.path
         self.put(ids_of(2))
         self.path = inside
+        (tenant / ids_of(0).timeline_id).symlink_to(ids_of(1).timeline_id)
         for name in ("x", "a" * 31, "a" * 33, "A" * 32, "g" * 32, "lost+found"):
             (self.path / name).mkdir()
             (tenant / name).mkdir()
@@ -211,20 +212,27 @@ class Finding(InMemory):
         (self.path / ("e" * 32)).symlink_to("e" * 32)
         self.assertEqual(list(self.directory), [good])
         for ids in (
+            ids_of(0),
             ids_of(2),
             TimelineIds("b" * 32, "b" * 32),
             TimelineIds(good.tenant_id, "b" * 32),
             TimelineIds("c" * 32, ids_of(2).tenant_id),
             TimelineIds("d" * 32, "d" * 32),
+            TimelineIds("e" * 32, "e" * 32),
             TimelineIds("x", good.timeline_id),
             TimelineIds("..", "outside"),
             TimelineIds(f"../outside/{ids_of(2).tenant_id}", ids_of(2).timeline_id),
             TimelineIds("", ""),
         ):
             self.refused(UndefinedObject, ids)
-        error = self.refused(IoError, TimelineIds("e" * 32, "e" * 32))
-        self.assertIn("Too many levels of symbolic links", error.message)
         self.get(good).require_ready()
+
+    def test_it_cannot_be_told_whether_it_is_there(self) -> None:
+        endless = self.path / "endless"
+        endless.symlink_to(endless)
+        self.directory = DataDirectory(endless, self.clock)
+        error = self.refused(IoError, ids_of(1))
+        self.assertIn("Too many levels of symbolic links", error.message)
 
     def test_the_directory_itself_may_be_a_link_or_not_be_there(self) -> None:
         link = self.top / "link"

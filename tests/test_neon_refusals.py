@@ -105,7 +105,7 @@ def test_a_bad_control_file(setting: Setting) -> None:
                 (contents[:100], "100 bytes"),
                 (b"", "0 bytes"),
                 (contents + b"\0", "behind its end"),
-                (other, good.ids.timeline_id),
+                (other, "another timeline"),
                 (None, "No such file"),
             ),
             start=1,

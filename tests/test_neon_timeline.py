@@ -533,7 +533,7 @@ BAD = {
     "empty": (b"", "cut short"),
     "checksum": (changed(GOOD, len(GOOD) - 1), "checksum"),
     "contents": (changed(GOOD, len(GOOD) - 30), "checksum"),
-    "ids": (OTHER_IDS, f"1/{IDS.timeline_id}"),
+    "ids": (OTHER_IDS, "it is that of another timeline"),
     "system": (OTHER_SYSTEM, f"their system identifiers are {SYSTEM + 1} and {SYSTEM}"),
     "segment size": (OTHER_SIZE, f"their segment sizes are {16 * MB} and {MB}"),
 }

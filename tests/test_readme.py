@@ -23,7 +23,8 @@ def test_the_two_commands_are_in_the_makefile() -> None:
 
 def test_every_option_is_there_and_no_other() -> None:
     section = README.split("Options\n-------\n")[1].split("What to know\n")[0]
-    described = set(re.findall(r"^``--([\w-]+)", section, re.MULTILINE))
+    lines = re.findall("^``--.*", section, re.MULTILINE)
+    described = set(re.findall(r"``--([\w-]+)", "\n".join(lines)))
     options = Options()
     assert described == {name.rstrip("=") for name in options.longOpt} - {"version", "help"}
 
@@ -62,3 +63,10 @@ def test_the_example_serves_wal() -> None:
             assert done.returncode == 0, done.stderr
             theirs = identify_system(installation, cluster.port)
             assert done.stdout.split("|")[:2] == [str(field) for field in theirs[:2]]
+
+
+def test_every_test_that_the_docs_name_is_there() -> None:
+    named = re.findall(r"``(\w+\.py)::(\w+)``", (PROJECT / "docs" / "security.rst").read_text())
+    assert len(named) > 40
+    for file, function in named:
+        assert f"def {function}(" in (PROJECT / "tests" / file).read_text(), (file, function)

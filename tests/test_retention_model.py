@@ -26,6 +26,7 @@ from twisted.logger import capturedLogs
 from tests.fakes import COPY_DONE, MemoryTransport, message, query, startup, status, told
 from tests.upstream_fakes import HeldThreads
 from tests.wal_builder import MB, PAGE, WalBuilder
+from walproto.access.authentication import Trust
 from walproto.lsn import format_lsn, parse_segment_name
 from walproto.server.protocol import WalSenderFactory
 from walproto.timeline import retention
@@ -241,7 +242,9 @@ class Model(RuleBasedStateMachine):
         with self.disk.troubled(-1, 0):
             self.slots = Slots(self.path, self.threads, self.options)
         self.retention = Retention(self.timeline, self.slots, self.clock, self.threads)
-        self.factory = WalSenderFactory(self.timeline, self.clock, slots=self.slots)
+        self.factory = WalSenderFactory(
+            self.timeline, self.clock, slots=self.slots, authenticator=Trust()
+        )
         self.peers: list[Peer] = []
         self.steps = 0
         """How many it has run for."""

@@ -29,6 +29,7 @@ from tests.fakes import (
     startup,
     status,
 )
+from walproto.access.grant import Grant
 from walproto.errors import (
     EndReason,
     ObjectNotInPrerequisiteState,
@@ -43,9 +44,9 @@ from walproto.server.reader import UNHEARD
 from walproto.server.results import Wait
 from walproto.server.service import IServices, OneTimeline, Service, Stream
 from walproto.server.settings import Settings
-from walproto.server.startup import Startup
 from walproto.timeline.replicas import Replica
 from walproto.wire.messages import PROTOCOL_3_2
+from walproto.wire.startup import Startup
 
 END = START + 4 * PAGE
 AT_END = format_lsn(END)
@@ -127,7 +128,10 @@ class Several:
     def newest_protocol_version(self, configuration: Configuration) -> int:
         return PROTOCOL_3_2
 
-    def serve(self, startup: Startup, configuration: Configuration) -> Service:
+    def require_ready(self) -> None:
+        pass
+
+    def serve(self, startup: Startup, configuration: Configuration, grant: Grant) -> Service:
         parameters = dict(startup.parameters)
         name = parameters.pop("which", "")
         if name not in self.timelines:
@@ -188,7 +192,11 @@ class Choosing(Conversations):
         client = self.client()
         self.assertEqual(client.start_up(which="two"), ['FATAL 42704: there is no "two"', "EOF"])
         self.assertEqual(
-            self.lines(), ['192.0.2.1:40000: FATAL 42704: there is no "two" (make one)']
+            self.lines(),
+            [
+                "192.0.2.1:40000: replication connection authorized: user=postgres method=trust",
+                '192.0.2.1:40000: FATAL 42704: there is no "two" (make one)',
+            ],
         )
 
     def test_so_it_is_behind_a_request_for_encryption(self) -> None:
@@ -207,8 +215,9 @@ class Choosing(Conversations):
         client = self.client()
         client.stream(which="one", application_name="a")
         client.transport.drop()
-        self.assertEqual(len(self.lines()), 2)
-        for event, line in zip(self.logged, self.lines(), strict=True):
+        _, *lines = self.lines()
+        self.assertEqual(len(lines), 2)
+        for event, line in zip(self.logged[1:], lines, strict=True):
             self.assertTrue(line.startswith('[one] "a" (pid 1, '), line)
             self.assertEqual(
                 (event["name"], event["application_name"], event["peer"]),

@@ -35,15 +35,17 @@ from tests.fakes import (
     status,
 )
 from tests.upstream_fakes import HeldThreads
+from walproto.access.authentication import Exchange, IAuthenticator
+from walproto.access.grant import Grant
+from walproto.access.peer import Peer
 from walproto.errors import InvalidAuthorizationSpecification, UndefinedFile
 from walproto.lsn import format_lsn
 from walproto.server import session as session_module
-from walproto.server.authentication import Exchange, IAuthenticator
 from walproto.server.events import Events
-from walproto.server.startup import Startup
 from walproto.timeline.slot_file import NAME
 from walproto.timeline.slots import Slots
 from walproto.wire.messages import FRONTEND
+from walproto.wire.startup import Startup
 
 END = START + 4 * PAGE
 AT_END = format_lsn(END)
@@ -53,10 +55,11 @@ AT_END = format_lsn(END)
 class Password:
     """Asks for a password, in clear."""
 
-    def authenticate(self, startup: Startup, peer: str) -> Exchange:
+    def authenticate(self, startup: Startup, peer: Peer) -> Exchange:
         answer = yield message(b"R", b"\0\0\0\3")
         if answer != b"secret\0":
             raise InvalidAuthorizationSpecification("no", fatal=True)
+        return Grant("password")
 
 
 PASSWORD = message(b"p", b"secret\0")
@@ -353,7 +356,7 @@ class EveryState(SynchronousTestCase):
 
     def in_opening(self) -> Client:
         self.slow = SlowTimeline(self.timeline)
-        self.factory = server(self.slow, self.clock, authenticator=Password())
+        self.factory = server(self.slow, self.clock)
         client = Client(self.factory, self.clock)
         self.assertEqual(client.start_up(), [])
         self.addCleanup(self.assert_nobody_waits, self.slow.opened)
@@ -418,10 +421,10 @@ class EveryState(SynchronousTestCase):
     def is_opening(self, client: Client) -> None:
         """As while waiting."""
         self.slow.opened.callback(None)
-        heard, after = TABLE["authenticating"][self.happened]
+        heard, after = TABLE["idle"][self.happened]
         if self.happened in EVENTS:
-            heard, after = [], "authenticating"
-        self.assertEqual(client.hear(), ["R 3", *heard])
+            heard, after = [], "idle"
+        self.assertEqual(client.hear(), ["GREETING", *heard])
         getattr(self, f"is_{after}")(client)
 
     def is_authenticating(self, client: Client) -> None:
@@ -660,6 +663,7 @@ class Sequences(SynchronousTestCase):
 #: What cannot happen in a state, for nothing that is in being then could tell the session of it.
 IMPOSSIBLE: dict[str, set[str]] = {
     "encryption_requested": set(TABLE) - {"starting"},
+    "tls_began": set(TABLE) - {"starting"},
     "cancel_requested": set(TABLE) - {"starting"},
     "startup_received": set(TABLE) - {"starting"},
     "authenticated": set(TABLE) - {"authenticating", "closed"},

@@ -26,8 +26,8 @@ from tests.fakes import (
     status,
 )
 from walproto.errors import ReportedError
-from walproto.server.startup import Cancellation, EncryptionRequest, Startup, parse_startup_packet
 from walproto.wire.messages import PROTOCOL_3_0, PROTOCOL_3_2
+from walproto.wire.startup import Cancellation, EncryptionRequest, Startup, parse_startup_packet
 
 VERSION_3_0 = 3 << 16
 LAYOUT = "FATAL 08P01: invalid startup packet layout: expected terminator as last byte"

@@ -52,6 +52,7 @@ def test_options_that_are_wrong(tmp_path: Path) -> None:
     assert refusal("--wal-dir", file) == f"--wal-dir: not a directory: {file}"
     good = ("--wal-dir", tmp_path)
     assert refusal(*good, "DIR") == "unexpected argument: DIR"
+    assert refusal(*good, "password=x") == "unexpected argument: password=***"
     assert refusal(*good, "--frobnicate") == "option --frobnicate not recognized"
     assert refusal(*good, "--server-version", "9.6").startswith('--server-version: "9.6" is not')
     assert refusal(*good, "--wal-sender-timeout", "soon") == (

@@ -3,12 +3,29 @@
 Data goes one way, and so does the reading order: bytes, messages, session, timeline, segments,
 producer, bytes.  A module imports only from those above it in this list:
 
+- :mod:`walproto.secrets`: what may not be logged
 - :mod:`walproto.errors`: every error that a peer can be told of
 - :mod:`walproto.lsn`: positions in the WAL, names of its files
 - :mod:`walproto.wire.messages`: the frontend/backend messages, declared
 - :mod:`walproto.wire.replication`: what travels inside CopyData
 - :mod:`walproto.wire.framing`: bytes into messages
 - :mod:`walproto.wire.commands`: replication commands, parsed
+- :mod:`walproto.wire.startup`: how a connection begins
+- :mod:`walproto.access.peer`: who is at the other end
+- :mod:`walproto.access.grant`: what one that is let in may see
+- :mod:`walproto.access.authentication`: how it proves who it is
+- :mod:`walproto.access.saslprep`: passwords, made comparable
+- :mod:`walproto.access.scram_messages`: what is said in a SCRAM exchange
+- :mod:`walproto.access.scram`: SCRAM-SHA-256
+- :mod:`walproto.access.userlist`: users and their secrets, in a file
+- :mod:`walproto.access.tokens`: JSON web tokens as passwords
+- :mod:`walproto.access.hba_tokens`: the lines of pg_hba.conf, taken apart
+- :mod:`walproto.access.hba`: who may connect from where
+- :mod:`walproto.access.hba_file`: the same, in a file
+- :mod:`walproto.access.guard`: who may connect, all told
+- :mod:`walproto.access.limits`: how many may be connected that are not known yet
+- :mod:`walproto.access.certificates`: certificates and keys, read from files
+- :mod:`walproto.access.tls`: the server's side of TLS
 - :mod:`walproto.wal.pages`: WAL pages and records, declared
 - :mod:`walproto.wal.headers`: what a page must say of itself
 - :mod:`walproto.wal.scan`: walks records, finds the end of WAL
@@ -31,10 +48,11 @@ producer, bytes.  A module imports only from those above it in this list:
 - :mod:`walproto.timeline.directory`: a timeline that lives in a directory
 - :mod:`walproto.timeline.retention`: which WAL is kept, and the removal of the rest
 - :mod:`walproto.server.settings`: configuration parameters
-- :mod:`walproto.server.startup`: how a connection begins
-- :mod:`walproto.server.authentication`: who may connect
+- :mod:`walproto.server.transports`: what a transport tells of its connection
 - :mod:`walproto.server.configuration`: how it is served
 - :mod:`walproto.server.results`: what answers are made of
+- :mod:`walproto.server.encryption`: TLS on a connection
+- :mod:`walproto.server.refusal`: no place for a connection
 - :mod:`walproto.server.producer`: sends WAL
 - :mod:`walproto.server.service`: what a connection is served, by which rules
 - :mod:`walproto.server.slot_commands`: what a session does with replication slots
@@ -47,6 +65,8 @@ producer, bytes.  A module imports only from those above it in this list:
 - :mod:`walproto.server.protocol`: the connection
 - :mod:`walproto.upstream.connection`: what is needed of a connection to a server
 - :mod:`walproto.upstream.libpq`: such a connection
+- :mod:`walproto.upstream.foreign`: one to a server that a client has named
+- :mod:`walproto.upstream.process_title`: the command line, for others to read
 - :mod:`walproto.upstream.server`: what a server is asked
 - :mod:`walproto.upstream.store`: makes durable what comes
 - :mod:`walproto.upstream.receiver`: WAL in, feedback out
@@ -73,7 +93,7 @@ timeline or an authentication method of one's own, :class:`ITimeline` and :class
 to bring many timelines, :class:`IServices`, or a safekeeper's, :mod:`walproto.neon.walsender`.
 """
 
-from walproto.server.authentication import IAuthenticator
+from walproto.access.authentication import IAuthenticator
 from walproto.server.protocol import WalSenderFactory
 from walproto.server.service import IServices
 from walproto.timeline.directory import WalDirectory

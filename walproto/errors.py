@@ -12,6 +12,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import ClassVar
 
+from walproto.secrets import censored
+
 
 class ReportedError(Exception):
     """An error as an ErrorResponse carries it.
@@ -62,6 +64,10 @@ class InvalidParameterValue(ReportedError):
 
 class InvalidAuthorizationSpecification(ReportedError):
     sqlstate = "28000"
+
+
+class InvalidPassword(ReportedError):
+    sqlstate = "28P01"
 
 
 class CommandSyntaxError(ReportedError):
@@ -139,10 +145,11 @@ class DataCorrupted(ReportedError):
 
 
 def printable(text: str) -> str:
-    """What a peer has said, or has had a part in, as it may stand in one line of a log."""
+    """What a peer has said, or has had a part in, as it may stand in one line of a log: without a
+    password that it has put where none belongs."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in text
+        for character in censored(text)
     )
 
 

@@ -16,6 +16,7 @@ from twisted.python.usage import UsageError
 from walproto.errors import InvalidParameterValue
 from walproto.lsn import parse_lsn
 from walproto.neon.callback import parse_address
+from walproto.secrets import blanked
 from walproto.server.configuration import parse_version
 from walproto.server.settings import parse_megabytes, parse_milliseconds
 
@@ -55,6 +56,27 @@ def _count(name: str, text: str) -> int:
     return int(text)
 
 
+def _positive(name: str, text: str) -> int:
+    """As :func:`_count`, but at least 1."""
+    count = _count(name, text)
+    if not count:
+        raise InvalidParameterValue(
+            f'invalid value for parameter "{name}": "{text}"', hint="It must be at least 1."
+        )
+    return count
+
+
+def _authentication_timeout(name: str, text: str) -> float:
+    """As :func:`_time`, with a plain number being seconds, and PostgreSQL's bounds."""
+    seconds = _time(name, f"{text}s" if text.isdecimal() else text)
+    if not 1 <= seconds <= 600:
+        raise InvalidParameterValue(
+            f'invalid value for parameter "{name}": "{text}"',
+            hint="It must be between 1s and 10min.",
+        )
+    return seconds
+
+
 _VALUES: dict[str, Callable[[str, str], Any]] = {
     "wal-sender-timeout": _time,
     "wal-sender-shutdown-timeout": _time,
@@ -64,6 +86,9 @@ _VALUES: dict[str, Callable[[str, str], Any]] = {
     "max-wal-senders": _count,
     "max-replication-slots": _count,
     "recall-period": _period,
+    "authentication-timeout": _authentication_timeout,
+    "max-unauthenticated": _positive,
+    "max-unauthenticated-per-address": _positive,
 }
 """The options whose values are those of configuration parameters."""
 
@@ -77,8 +102,9 @@ class Options(UsageOptions):
         "client of the streaming replication protocol. The directory may be a primary's live "
         "pg_wal or an archive, and then nothing in it is ever changed; or, with --upstream, one "
         "into which WAL is received from a live server. With --data-dir it is a "
-        "safekeeper's, with many timelines. WAL contains every row of the database, "
-        "and whoever can connect is served: listen only where you trust everybody."
+        "safekeeper's, with many timelines. WAL contains every row of the database: who is on "
+        "this machine is served, and nobody else, unless TLS and passwords, tokens or an "
+        "--hba-file say who may connect. SIGHUP has the files for these read anew."
     )
     optParameters: ClassVar = [
         ["wal-dir", "d", None, "The directory with the WAL segments and history files."],
@@ -162,6 +188,64 @@ class Options(UsageOptions):
             "A client may choose its own by options='-c wal_sender_timeout=...'.",
         ],
         [
+            "ssl-cert-file",
+            None,
+            None,
+            "Offer TLS, with the server certificate in this PEM file.",
+        ],
+        ["ssl-key-file", None, None, "The private key for it; nobody else may read the file."],
+        [
+            "ssl-ca-file",
+            None,
+            None,
+            "Ask clients for certificates, and check them with the CA certificates in this file.",
+        ],
+        ["ssl-crl-file", None, None, "The client certificates that these have revoked."],
+        [
+            "ssl-min-protocol-version",
+            None,
+            None,
+            "The oldest version of TLS that is spoken: TLSv1.2 or TLSv1.3. [default: TLSv1.3]",
+        ],
+        [
+            "auth-file",
+            None,
+            None,
+            "The users and their passwords or SCRAM secrets, as in PgBouncer's userlist.txt.",
+        ],
+        [
+            "hba-file",
+            None,
+            None,
+            "Who may connect from where and how, as in pg_hba.conf. [default: this machine without "
+            "a password, others with TLS and a password or token]",
+        ],
+        [
+            "jwt-public-key",
+            None,
+            None,
+            "Take JSON web tokens as passwords that were signed for the public key in this PEM "
+            "file; needs --data-dir and TLS.",
+        ],
+        [
+            "authentication-timeout",
+            None,
+            "60s",
+            "Disconnect a client that has not authenticated after so long.",
+        ],
+        [
+            "max-unauthenticated",
+            None,
+            "200",
+            "How many clients may be connected that have not authenticated yet.",
+        ],
+        [
+            "max-unauthenticated-per-address",
+            None,
+            "50",
+            "How many of these may be from one IPv4 address or one IPv6 network.",
+        ],
+        [
             "wal-sender-shutdown-timeout",
             None,
             "10s",
@@ -197,7 +281,7 @@ class Options(UsageOptions):
 
     def parseArgs(self, *arguments: str) -> None:
         if arguments:
-            raise UsageError(f"unexpected argument: {arguments[0]}")
+            raise UsageError(f"unexpected argument: {blanked(arguments[0])}")
 
     def postOptions(self) -> None:
         if self["data-dir"] is not None:
@@ -212,6 +296,7 @@ class Options(UsageOptions):
         self._check_directory("wal-dir" if self["data-dir"] is None else "data-dir")
         self._check_upstream()
         self._check_callbacks()
+        self._check_access()
         if self["max-slot-wal-keep-size"] is not None and self["wal-keep-size"] is None:
             raise UsageError("--max-slot-wal-keep-size means nothing without --wal-keep-size")
         for name, value in _VALUES.items():
@@ -248,6 +333,24 @@ class Options(UsageOptions):
                 raise UsageError(f"--advertise: {error}") from None
         elif self["recall-period"] is not None:
             raise UsageError("--recall-period means nothing without --advertise")
+
+    def _check_access(self) -> None:
+        if (self["ssl-cert-file"] is None) != (self["ssl-key-file"] is None):
+            raise UsageError("--ssl-cert-file and --ssl-key-file need each other")
+        for name in ("ssl-ca-file", "ssl-crl-file", "ssl-min-protocol-version", "jwt-public-key"):
+            if self[name] is not None and self["ssl-cert-file"] is None:
+                raise UsageError(f"--{name} means nothing without --ssl-cert-file")
+        if self["ssl-crl-file"] is not None and self["ssl-ca-file"] is None:
+            raise UsageError("--ssl-crl-file means nothing without --ssl-ca-file")
+        if self["ssl-min-protocol-version"] not in (None, "TLSv1.2", "TLSv1.3"):
+            raise UsageError("--ssl-min-protocol-version: say TLSv1.2 or TLSv1.3")
+        if self["jwt-public-key"] is not None:
+            if self["data-dir"] is None:
+                raise UsageError("--jwt-public-key means nothing without --data-dir")
+            if self["auth-file"] is not None and self["hba-file"] is None:
+                raise UsageError(
+                    "--auth-file and --jwt-public-key: say with --hba-file who uses which"
+                )
 
     def _check_upstream(self) -> None:
         if self["upstream"] is None:

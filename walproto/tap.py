@@ -5,6 +5,7 @@ What is wrong with them ends the program with one line on standard error and exi
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 from twisted.application.service import Service
+from twisted.internet.address import UNIXAddress
 from twisted.internet.defer import Deferred, maybeDeferred, succeed
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.error import ReactorNotRunning
@@ -24,6 +26,8 @@ from twisted.internet.interfaces import IListeningPort, IReactorFromThreads, ISt
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from walproto.access.guard import AccessError, Guard
+from walproto.errors import printable
 from walproto.neon.callback import Caller
 from walproto.neon.callmemaybe import RECALL_PERIOD, Subscriptions
 from walproto.neon.data_directory import DataDirectory
@@ -32,11 +36,18 @@ from walproto.neon.walsender import Safekeeper
 from walproto.options import Options
 from walproto.server.protocol import WalSenderFactory
 from walproto.server.service import IServices
+from walproto.server.transports import ServerTls, parse_address
 from walproto.timeline.directory import WalDirectory
 from walproto.timeline.interfaces import ITimeline
 from walproto.timeline.slots import SlotOptions, Slots, SlotsError
+from walproto.upstream.process_title import hide_in_process_title
 from walproto.upstream.relay import WalRelay
 from walproto.wal.writer import SyncError
+
+_CLOSED = (
+    "nobody could connect from elsewhere: give --ssl-cert-file, --ssl-key-file and --auth-file (or "
+    "--jwt-public-key, with --data-dir), or say in an --hba-file who may"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +65,8 @@ class Served:
 class WalSenderService(Service):
     """Serves what there is at some endpoints while it runs.
 
-    ``endpoints`` are pairs of an endpoint and its description.  ``shutdown_timeout`` is in
-    seconds.
+    ``endpoints`` are pairs of an endpoint and its description.  ``guard`` and ``tls`` are the
+    factory's; their files are read anew at SIGHUP.  ``shutdown_timeout`` is in seconds.
     """
 
     _log = Logger()
@@ -66,18 +77,25 @@ class WalSenderService(Service):
         served: Served,
         factory: WalSenderFactory,
         endpoints: Sequence[tuple[str, IStreamServerEndpoint]],
+        guard: Guard,
+        tls: ServerTls | None,
         shutdown_timeout: float,
     ) -> None:
         self._reactor = reactor
         self._served = served
         self._factory = factory
         self._endpoints = endpoints
+        self._guard = guard
+        self._files: list[Guard | ServerTls] = [guard] if tls is None else [guard, tls]
         self._shutdown_timeout = shutdown_timeout
         self._ports: list[IListeningPort] = []
         self._is_ending = False
+        self._hangup_before: Any = None
 
     def startService(self) -> None:
         super().startService()
+        self._hangup_before = signal.signal(signal.SIGHUP, self._hang_up)
+        self._tell_warnings()
         for description, endpoint in self._endpoints:
             self._listen(description, endpoint)
         self._served.start()
@@ -91,6 +109,9 @@ class WalSenderService(Service):
 
         def listening(port: IListeningPort) -> None:
             self._ports.append(port)
+            if not self._guard.is_open_to_others and not _is_near(port):
+                refusals.append(f"cannot listen on {description}: {_CLOSED}")
+                return
             self._log.info("listening on {description}", description=description)
 
         def refused(failure: Failure) -> None:
@@ -109,6 +130,30 @@ class WalSenderService(Service):
         super().stopService()
         self._is_ending = True
         return Deferred.fromCoroutine(self._stop())
+
+    def _hang_up(self, number: int, frame: FrameType | None) -> None:
+        self._reactor.callFromThread(self._reload)
+
+    def _reload(self) -> None:
+        """Read the files anew that say who may connect."""
+        ready: list[Callable[[], None]] = []
+        try:
+            for files in self._files:
+                ready.append(files.prepare())
+        except ValueError as error:
+            for problem in str(error).splitlines():
+                self._log.error("{problem}", problem=printable(problem))
+            self._log.error("what was in force before SIGHUP, still is")
+            return
+        for put_in_force in ready:
+            put_in_force()
+        self._log.info("the files that say who may connect have been read anew")
+        self._tell_warnings()
+
+    def _tell_warnings(self) -> None:
+        for files in self._files:
+            for warning in files.warnings:
+                self._log.warn("{warning}", warning=printable(warning))
 
     def _take_signals(self) -> None:
         """Be there before the reactor when a signal comes: the next one may follow at once."""
@@ -141,6 +186,14 @@ class WalSenderService(Service):
             )
         await self._factory.shut_down(self._shutdown_timeout)
         self._served.stop()
+        signal.signal(signal.SIGHUP, self._hangup_before)
+
+
+def _is_near(port: IListeningPort) -> bool:
+    """Whether nobody can connect there but from this machine."""
+    address = port.getHost()
+    ip = parse_address(getattr(address, "host", ""))
+    return isinstance(address, UNIXAddress) or (ip is not None and ip.is_loopback)
 
 
 def _release_lock(description: str) -> None:
@@ -177,6 +230,7 @@ def _make_relay(options: Options, reactor: Any) -> WalRelay | None:
     """The relay that the options ask for, if they do; SystemExit if it is not to be had."""
     if options["upstream"] is None:
         return None
+    hide_in_process_title()
     try:
         return WalRelay(
             options["wal-dir"],
@@ -199,9 +253,9 @@ def _make_relay(options: Options, reactor: Any) -> WalRelay | None:
     raise SystemExit(f"twist walsender: --upstream: {problem}")
 
 
-def _missing(error: ImportError) -> str:
+def _missing(error: ImportError, extra: str = "upstream") -> str:
     what = " ".join(str(error).split())  # it may be a list of what psycopg has tried
-    return f"{what}: it takes pip install 'walproto[upstream]'"
+    return f"{what}: it takes pip install 'walproto[{extra}]'"
 
 
 def _make_safekeeper(options: Options, reactor: Any) -> Safekeeper | None:
@@ -219,6 +273,53 @@ def _make_safekeeper(options: Options, reactor: Any) -> Safekeeper | None:
         subscriptions = Subscriptions(reactor, caller, period)
     directory = DataDirectory(options["data-dir"], reactor)
     return Safekeeper(directory, reactor, Pageservers(subscriptions))
+
+
+def _make_tls(options: Options) -> ServerTls | None:
+    """The server's side of TLS that the options ask for, if they do; SystemExit if it is not to be
+    had."""
+    if options["ssl-cert-file"] is None:
+        return None
+    try:
+        from walproto.access.tls import ServerTls as OpenSslServerTls
+        from walproto.access.tls import TlsError
+    except ImportError as error:
+        raise SystemExit(f"twist walsender: --ssl-cert-file: {_missing(error, 'tls')}") from None
+    try:
+        return OpenSslServerTls(
+            options["ssl-cert-file"],
+            options["ssl-key-file"],
+            options["ssl-ca-file"],
+            options["ssl-crl-file"],
+            options["ssl-min-protocol-version"] or "TLSv1.3",
+        )
+    except TlsError as error:
+        raise SystemExit(f"twist walsender: {error}") from None
+
+
+def _secret(options: Options) -> bytes:
+    """What nobody else knows, and we shall know the next time, too; empty if there is nothing."""
+    if options["ssl-key-file"] is None:
+        return b""
+    return hashlib.sha256(b"walproto" + Path(options["ssl-key-file"]).read_bytes()).digest()
+
+
+def _make_guard(options: Options) -> Guard:
+    """Who may connect; SystemExit if the files that say so are no good."""
+    try:
+        return Guard(
+            hba_file=options["hba-file"],
+            auth_file=options["auth-file"],
+            jwt_public_key=options["jwt-public-key"],
+            offers_tls=options["ssl-cert-file"] is not None,
+            checks_certificates=options["ssl-ca-file"] is not None,
+            has_tenants=options["data-dir"] is not None,
+            secret=_secret(options),
+        )
+    except ImportError as error:
+        raise SystemExit(f"twist walsender: --jwt-public-key: {_missing(error, 'jwt')}") from None
+    except AccessError as error:
+        raise SystemExit(f"twist walsender: {error}") from None
 
 
 def _make_served(options: Options, reactor: Any) -> Served:
@@ -239,10 +340,17 @@ def makeService(options: Options) -> WalSenderService:
     from twisted.internet import reactor
 
     served = _make_served(options, reactor)
+    tls = _make_tls(options)
+    guard = _make_guard(options)
     factory = WalSenderFactory(
         served.served,
         reactor,
         slots=served.slots,
+        authenticator=guard,
+        tls=tls,
+        authentication_timeout=options["authentication-timeout"],
+        max_unauthenticated=options["max-unauthenticated"],
+        max_unauthenticated_per_address=options["max-unauthenticated-per-address"],
         server_version=options["server-version"],
         wal_sender_timeout=options["wal-sender-timeout"],
         max_wal_senders=options["max-wal-senders"],
@@ -260,5 +368,7 @@ def makeService(options: Options) -> WalSenderService:
         served,
         factory,
         endpoints,
+        guard,
+        tls,
         options["wal-sender-shutdown-timeout"],
     )

@@ -9,6 +9,7 @@ Neon: ``request_callback`` in the safekeeper's ``callmemaybe.rs``.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
+from walproto import secrets
 from walproto.neon.ids import TimelineIds
 from walproto.upstream.connection import UpstreamError
 
@@ -48,6 +50,9 @@ class CallError(Exception):
 class Caller:
     """Calls pageservers over libpq, and tells them to connect to ``host`` and ``port``.
 
+    It is a client that says where a pageserver is, so nothing of ours is used there, no password
+    and no certificate; see :mod:`walproto.upstream.foreign`.
+
     The Deferred of a call fires when the pageserver has answered, or fails with a CallError.  If it
     is cancelled, the connection is closed.
 
@@ -58,7 +63,9 @@ class Caller:
 
     def __init__(self, reactor: Any, host: str, port: int) -> None:
         from walproto.upstream import libpq
+        from walproto.upstream.foreign import foreign_conninfo
 
+        self._foreign_conninfo = foreign_conninfo
         self._libpq = libpq
         self._reactor = reactor
         self._host = host
@@ -73,11 +80,14 @@ class Caller:
         def failed(kind: str, problem: str, advice: str) -> CallError:
             return CallError(kind, f"{masked(problem, connstr)}: {advice}")
 
+        if os.environ.get("PGSERVICE"):
+            problem = "PGSERVICE is set here, and what it stands for is not for pageservers"
+            raise failed("service", problem, "start this walsender without it")
         try:
-            conninfo = self._libpq.ordinary_conninfo(connstr)
+            conninfo = self._foreign_conninfo(connstr)
         except ValueError as error:
             advice = "correct the pageserver_connstr that clients of this timeline name"
-            raise failed("string", f"no connection string: {error}", advice) from None
+            raise failed("string", str(error), advice) from None
         try:
             connection = await self._libpq.connect(self._reactor, conninfo)
         except UpstreamError as error:
@@ -140,12 +150,6 @@ def parse_address(text: str) -> tuple[str, int]:
 
 # --- What may be logged -----------------------------------------------------------------------
 
-_NAMES = "password|sslpassword|scram_client_key|scram_server_key|oauth_client_secret"
-_IN_KEYWORDS = re.compile(
-    rf"(?:{_NAMES})\s*=\s*(?:'((?:[^'\\]|\\.)*)|((?:[^\s\\]|\\.)*))", re.DOTALL
-)
-_IN_URI = re.compile(rf"://[^:@/?]*:([^@/]*)@|[?&](?:{_NAMES})=([^&]*)")
-
 
 def pageserver_name(connstr: str) -> str:
     """The host and port that a connection string names, for the log, and nothing else of it."""
@@ -153,21 +157,14 @@ def pageserver_name(connstr: str) -> str:
     if given is None:
         return "(unknown)"
     host = given.get("host") or given.get("hostaddr") or given.get("service") or "(default)"
+    host = host.rpartition("@")[2]  # before that, it is a piece of a password
     return _shown(f"{host}:{given.get('port') or '(default)'}")
 
 
 def masked(text: str, connstr: str) -> str:
     """A text in which a server may repeat what it was told, for the log, without the passwords in
     the connection string: as they are or as they are written there, and however often escaped."""
-    is_uri = connstr.startswith(("postgresql://", "postgres://"))
-    found = (_IN_URI if is_uri else _IN_KEYWORDS).finditer(connstr)
-    given = _settings(connstr) or {}
-    secrets = {group for match in found for group in match.groups() if group}
-    secrets |= {given[name] for name in _NAMES.split("|") if given.get(name)}
-    for secret in sorted(secrets, key=len, reverse=True):
-        characters = map(re.escape, secret.replace("\\", ""))
-        text = re.sub(r"\\*".join(["", *characters]) or r"\\+", "***", text)
-    return _shown(text)
+    return _shown(secrets.masked(text, secrets.secrets_in(connstr)))
 
 
 def _settings(connstr: str) -> dict[str, str] | None:

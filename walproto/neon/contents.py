@@ -152,15 +152,26 @@ class Contents:
                 log=f"{path}: restore it, or remove the directory if the timeline is gone",
             ) from None
         if self._read is None or self._read[0] != data:
-            try:
-                control = parse_control(data)
-                control.require_ids(self._ids)
-            except ControlFileError as error:
-                raise DataCorrupted(
-                    f'invalid control file "{NAME}": {error}', fatal=True, log=f"{path}: restore it"
-                ) from None
-            self._read = data, control
+            self._read = data, self._parse_control(data, path)
         return self._read[1]
+
+    def _parse_control(self, data: bytes, path: Path) -> Control:
+        problem = f'invalid control file "{NAME}": '
+        try:
+            control = parse_control(data)
+        except ControlFileError as error:
+            raise DataCorrupted(
+                f"{problem}{error}", fatal=True, log=f"{path}: restore it"
+            ) from None
+        try:
+            control.require_ids(self._ids)
+        except ControlFileError as error:  # it names another one, which the client may not see
+            raise DataCorrupted(
+                f"{problem}it is that of another timeline",
+                fatal=True,
+                log=f"{path}: {error}: restore it",
+            ) from None
+        return control
 
     def _look_at_wal(self, control: Control) -> None:
         """Look for WAL, or for more of it.  Raises a ReportedError if it is not as it should be."""

@@ -8,6 +8,7 @@ are in use, however many there are.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,7 +86,7 @@ class DataDirectory:
             try:
                 for timeline_id in _ids_in(self.path / tenant_id):
                     ids = TimelineIds(tenant_id, timeline_id)
-                    if self._is_within(self.path / str(ids)):
+                    if self._is_there(ids):
                         yield ids
             except OSError:
                 continue
@@ -93,7 +94,7 @@ class DataDirectory:
     def _directory_of(self, ids: TimelineIds) -> Path:
         directory = self.path / str(ids)
         try:
-            if self._is_within(directory):
+            if self._is_there(ids):
                 return directory
         except (FileNotFoundError, NotADirectoryError):
             pass
@@ -103,14 +104,14 @@ class DataDirectory:
                 fatal=True,
                 log=f"{directory}: make it readable",
             ) from None
-        raise UndefinedObject(
-            f'timeline "{ids}" does not exist', fatal=True, log=f"there is no directory {directory}"
-        )
+        raise no_such_timeline(ids, log=f"there is no directory {directory}")
 
-    def _is_within(self, directory: Path) -> bool:
-        """Whether it is a directory, and not elsewhere by a symbolic link.  Raises OSError."""
-        real = Path(os.path.realpath(directory, strict=True))
-        return real.is_dir() and real.is_relative_to(os.path.realpath(self.path))
+    def _is_there(self, ids: TimelineIds) -> bool:
+        """Whether there is its directory; a symbolic link is none, for who may see the one
+        timeline need not be one who may see the other.  Raises OSError."""
+        tenant = self.path / ids.tenant_id
+        directories = (tenant, tenant / ids.timeline_id)
+        return all(stat.S_ISDIR(os.lstat(directory).st_mode) for directory in directories)
 
     def _sweep(self) -> None:
         """Suspend what was not in use the last time either."""
@@ -119,6 +120,12 @@ class DataDirectory:
             self._timelines[ids].suspend()
         self._idle = unused - self._idle
         self._next_sweep = self._clock.callLater(IDLE, self._sweep)
+
+
+def no_such_timeline(ids: TimelineIds, *, log: str) -> UndefinedObject:
+    """The error for a timeline that there is not, as far as the client may know; ``log`` is what
+    the operator may."""
+    return UndefinedObject(f'timeline "{ids}" does not exist', fatal=True, log=log)
 
 
 def _ids_in(directory: Path) -> list[str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 from walproto.errors import InvalidAuthorizationSpecification, InvalidParameterValue
@@ -46,15 +46,18 @@ class TimelineIds:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a client named in its startup packet, and what else was in there."""
+    """What a client named in its startup packet, and what else was in there.
+
+    A connection string may hold a password, so it is not in the ``repr``.
+    """
 
     ids: TimelineIds
-    pageserver_connstr: str
+    pageserver_connstr: str = field(repr=False)
     """The connection string of the pageserver that asks, or that is to be asked to call back; empty
     if there is none."""
-    parameters: tuple[tuple[str, str], ...]
+    parameters: tuple[tuple[str, str], ...] = field(repr=False)
     """The startup parameters that are none of the above, as they were."""
-    options: str
+    options: str = field(repr=False)
     """The words of ``options`` that are none of the above, escaped as they were."""
 
 

@@ -32,7 +32,8 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from zope.interface import implementer
 
-from walproto.neon.data_directory import DataDirectory
+from walproto.access.grant import Grant
+from walproto.neon.data_directory import DataDirectory, no_such_timeline
 from walproto.neon.ids import Request, requested_ids
 from walproto.neon.pageservers import Pageservers
 from walproto.neon.streams import Committed, PageserverStream, Recovery
@@ -42,8 +43,8 @@ from walproto.server.producer import Piece
 from walproto.server.results import Wait
 from walproto.server.service import IServices, Service, Stream
 from walproto.server.settings import Settings
-from walproto.server.startup import Startup
 from walproto.wire.messages import PROTOCOL_3_0, PROTOCOL_3_2
+from walproto.wire.startup import Startup
 
 PAGESERVER = "pageserver"
 RECOVERY = "wal_proposer_recovery"
@@ -92,8 +93,13 @@ class Safekeeper:
         is_old = version is not None and parse_version(version)[0] < 18
         return PROTOCOL_3_0 if is_old else PROTOCOL_3_2
 
-    def serve(self, startup: Startup, configuration: Configuration) -> Service:
+    def require_ready(self) -> None:
+        """Each timeline is ready, or not, by itself."""
+
+    def serve(self, startup: Startup, configuration: Configuration, grant: Grant) -> Service:
         request = requested_ids(startup.parameters, startup.options)
+        if not grant.may_see(request.ids.tenant_id, request.ids.timeline_id):
+            raise no_such_timeline(request.ids, log="this client may not see it")
         startup = replace(startup, parameters=request.parameters, options=request.options)
         timeline = self.directory.get(request.ids)
         return SafekeeperService(self, timeline, request, startup, configuration)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from walproto.server.authentication import IAuthenticator, Trust
+from walproto.access.authentication import IAuthenticator
+from walproto.access.guard import Guard
 from walproto.server.settings import DEFAULT_WAL_SENDER_TIMEOUT
+from walproto.server.transports import ServerTls
 from walproto.wal.pages import Identity
 from walproto.wire.messages import PROTOCOL_3_0, PROTOCOL_3_2
 
@@ -29,14 +31,20 @@ class Configuration:
     ``server_version`` is what clients are told; None for what the WAL says.
     ``wal_sender_timeout`` is how long a client may be silent while it streams, 0 for ever;
     ``authentication_timeout`` how long until it has started up; both have PostgreSQL's defaults.
-    ``max_wal_senders`` is how many clients there may be at once.
+    ``max_wal_senders`` is how many clients there may be at once; ``max_unauthenticated`` how many
+    of whom it is not known yet who they are, and ``max_unauthenticated_per_address`` how many of
+    them from one address.  ``authenticator`` decides who may connect; by default that is who is on
+    this machine.  ``tls`` is the server's side of TLS, None if that is not offered.
     """
 
-    authenticator: IAuthenticator = field(default_factory=Trust)
+    authenticator: IAuthenticator = field(default_factory=Guard)
+    tls: ServerTls | None = None
     server_version: str | None = None
     wal_sender_timeout: float = DEFAULT_WAL_SENDER_TIMEOUT
     authentication_timeout: float = 60.0
     max_wal_senders: int = 10
+    max_unauthenticated: int = 200
+    max_unauthenticated_per_address: int = 50
 
     def advertised_version(self, identity: Identity) -> str:
         """The ``server_version`` for this cluster's WAL."""

@@ -10,26 +10,29 @@ from typing import Any, Protocol
 
 from twisted.internet.defer import Deferred
 
+from walproto.access.grant import Grant
+from walproto.access.peer import Peer
 from walproto.errors import ReportedError
 from walproto.server.service import Stream
-from walproto.server.startup import Cancellation, EncryptionRequest, Startup
 from walproto.timeline.replicas import Replica
 from walproto.timeline.slots import Holder
+from walproto.wire.startup import Cancellation, EncryptionRequest, Startup
 
 
 class Events(Protocol):
     """What can happen to a session.
 
-    The first five are of the startup phase.  Then come the frontend messages, each with its type
+    The first six are of the startup phase.  Then come the frontend messages, each with its type
     byte and contents; Parse, Bind, Describe, Execute and Close are one event, as they are one to
     us.  The rest comes from inside.
     """
 
     def encryption_requested(self, request: EncryptionRequest) -> None: ...
+    def tls_began(self) -> None: ...
     def cancel_requested(self, request: Cancellation) -> None: ...
     def startup_received(self, startup: Startup) -> None: ...
+    def authenticated(self, grant: Grant) -> None: ...
     def opened(self) -> None: ...
-    def authenticated(self) -> None: ...
 
     def query(self, tag: bytes, contents: bytes) -> None: ...
     def sync(self, tag: bytes, contents: bytes) -> None: ...
@@ -58,7 +61,7 @@ class Events(Protocol):
 class Connection(Holder, Protocol):
     """What a session has done for it."""
 
-    peer: str
+    peer: Peer
 
     def write(self, data: bytes) -> None:
         """Send ``data`` behind all that was sent before."""
@@ -68,6 +71,17 @@ class Connection(Holder, Protocol):
 
     def cancel(self, request: Cancellation) -> None:
         """Cancel what another connection does, if the key is right."""
+
+    @property
+    def offers_tls(self) -> bool:
+        """Whether the connection can be encrypted."""
+
+    def start_tls(self, received: bytes) -> None:
+        """Be the server of a TLS handshake, of which ``received`` has come already; what is said
+        and written from now on is encrypted.  ``peer`` tells of it when it is done."""
+
+    def admit(self, startup: Startup, grant: Grant) -> None:
+        """The client is who it says it is."""
 
     def take_place(self) -> bool:
         """Be one of the ``max_wal_senders`` until the connection is closed; whether there was a

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from twisted.internet.defer import Deferred
 
+from walproto.access.grant import Grant
 from walproto.errors import (
     AdminShutdown,
     CannotConnectNow,
@@ -33,11 +34,11 @@ from walproto.server.results import (
     error_response,
 )
 from walproto.server.slot_commands import SlotCommands
-from walproto.server.startup import Cancellation, EncryptionRequest, Startup, unsupported_version
 from walproto.timeline.replicas import Replica
 from walproto.wire import messages
 from walproto.wire.commands import IdentifySystem, StartReplication, parse_command
 from walproto.wire.replication import StatusUpdate
+from walproto.wire.startup import Cancellation, EncryptionRequest, Startup, unsupported_version
 
 if TYPE_CHECKING:
     from walproto.server.session import Session
@@ -67,12 +68,15 @@ def ignore(events: Events, session: Session, /, *_: Any, **__: Any) -> None:
 
 
 @telling_errors
-def refuse_encryption(events: Events, session: Session, request: EncryptionRequest) -> None:
-    if request.code in session.encryption_refused:
+def answer_encryption_request(events: Events, session: Session, request: EncryptionRequest) -> None:
+    connection = session.connection
+    if request.code in session.encryption_requested:
         newest_version = session.services.newest_protocol_version(session.configuration)
         raise unsupported_version(request.code, newest_version)
-    session.encryption_refused.add(request.code)
-    session.connection.write(b"N")
+    session.encryption_requested.add(request.code)
+    is_accepted = request.is_tls and connection.offers_tls
+    if not is_accepted:
+        connection.write(b"N")
     if len(session.framing):
         raise ProtocolViolation(
             f"received unencrypted data after {request.name} request",
@@ -80,6 +84,25 @@ def refuse_encryption(events: Events, session: Session, request: EncryptionReque
             "man-in-the-middle attack.",
             fatal=True,
         )
+    if is_accepted:
+        connection.write(b"S")
+        connection.start_tls(b"")
+
+
+@telling_errors
+def begin_direct_tls(events: Events, session: Session) -> None:
+    """PostgreSQL 17's ``sslnegotiation=direct`` (``ProcessSSLStartup``)."""
+    connection = session.connection
+    if session.encryption_requested or not connection.offers_tls:
+        raise ProtocolViolation(
+            "invalid length of startup packet",
+            fatal=True,
+            log="it is the beginning of TLS, which is not offered"
+            if not connection.offers_tls
+            else None,
+        )
+    session.encryption_requested.add(messages.SSL_REQUEST_CODE)
+    connection.start_tls(session.framing.take_all())
 
 
 def pass_cancellation_on(events: Events, session: Session, request: Cancellation) -> None:
@@ -88,11 +111,46 @@ def pass_cancellation_on(events: Events, session: Session, request: Cancellation
 
 
 @telling_errors
-def open_service(events: Events, session: Session, startup: Startup) -> None:
+def begin_authentication(events: Events, session: Session, startup: Startup) -> None:
     session.is_starting = False
     session.connection.write(startup.negotiation)
     session.startup = startup
-    session.service = service = session.services.serve(startup, session.configuration)
+    session.services.require_ready()
+    authenticator = session.configuration.authenticator
+    session.exchange = authenticator.authenticate(startup, session.connection.peer)
+    _authenticate(events, session, lambda: next(session.exchange))
+
+
+@telling_errors
+def go_on_with_authentication(
+    events: Events, session: Session, tag: bytes, contents: bytes
+) -> None:
+    _authenticate(events, session, lambda: session.exchange.send(contents))
+
+
+def _authenticate(events: Events, session: Session, proceed: Callable[[], bytes]) -> None:
+    try:
+        session.question = proceed()
+        session.connection.write(session.question)
+    except StopIteration as end:
+        events.authenticated(end.value)
+    except ReportedError as error:
+        error.fatal = True  # whatever went wrong, the client is not let in
+        raise
+
+
+@telling_errors
+def refuse_unauthenticated(events: Events, session: Session, tag: bytes, contents: bytes) -> None:
+    kind = "SASL" if messages.asks_for_sasl(session.question) else "password"
+    raise ProtocolViolation(f"expected {kind} response, got message type {tag[0]}", fatal=True)
+
+
+@telling_errors
+def open_service(events: Events, session: Session, grant: Grant) -> None:
+    startup = session.startup
+    session.connection.write(grant.last_message)
+    session.connection.admit(startup, grant)
+    session.service = service = session.services.serve(startup, session.configuration, grant)
     session.log_prefix = service.log_prefix
     session.log_fields |= service.log_fields
     session.answer = service.open()
@@ -113,38 +171,12 @@ def _open(events: Events, session: Session, go_on: Callable[[], Any]) -> None:
 
 
 @telling_errors
-def begin_authentication(events: Events, session: Session) -> None:
-    session.service.require_ready()
-    if session.startup.replication and not session.connection.take_place():
-        raise session.service.too_many_connections()
-    authenticator = session.configuration.authenticator
-    session.exchange = authenticator.authenticate(session.startup, session.connection.peer)
-    _authenticate(events, session, lambda: next(session.exchange))
-
-
-@telling_errors
-def go_on_with_authentication(
-    events: Events, session: Session, tag: bytes, contents: bytes
-) -> None:
-    _authenticate(events, session, lambda: session.exchange.send(contents))
-
-
-def _authenticate(events: Events, session: Session, proceed: Callable[[], bytes]) -> None:
-    try:
-        session.connection.write(proceed())
-    except StopIteration:
-        events.authenticated()
-
-
-@telling_errors
-def refuse_unauthenticated(events: Events, session: Session, tag: bytes, contents: bytes) -> None:
-    raise ProtocolViolation(f"expected password response, got message type {tag[0]}", fatal=True)
-
-
-@telling_errors
 def greet(events: Events, session: Session) -> None:
     service, connection = session.service, session.connection
     startup, timeline = service.startup, service.timeline
+    service.require_ready()
+    if startup.replication and not connection.take_place():
+        raise service.too_many_connections()
     connection.write(messages.AuthenticationOk.build())
     if not startup.replication:
         raise FeatureNotSupported(
@@ -275,7 +307,7 @@ def begin_stream(events: Events, session: Session, tli: int, start_lsn: int) -> 
         pid=session.connection.pid,
         user=session.startup.user,
         application_name=session.settings["application_name"],
-        peer=session.connection.peer,
+        peer=str(session.connection.peer),
         tli=tli,
         sent_lsn=start_lsn,
     )

@@ -29,22 +29,20 @@ one it holds, so that it is read once, and sent to all of them.
 
 from __future__ import annotations
 
-import socket
 from contextlib import suppress
 from typing import Protocol
 
-from twisted.internet import tcp
 from twisted.internet.interfaces import (
     IDelayedCall,
     IPushProducer,
     IReactorTime,
-    ISSLTransport,
     ITransport,
 )
 from zope.interface import implementer
 
 from walproto.errors import ReportedError
 from walproto.lsn import PAGE_SIZE
+from walproto.server.transports import bare_socket
 from walproto.timeline.interfaces import ITimeline
 from walproto.timeline.replicas import Replica
 from walproto.wire.messages import CopyBothResponse
@@ -121,7 +119,7 @@ class WalProducer:
         self._piece = piece
         self._clock = clock
         self._listener = listener
-        self._socket = _bare_socket(transport)
+        self._socket = bare_socket(transport)
         self._sendable_to = 0
         self._paused = False
         self._stopped = False
@@ -254,15 +252,3 @@ class WalProducer:
         self._transport.write(data)
         if self._socket is not None:
             self._paused = self._transport.producerPaused = True  # type: ignore[attr-defined]
-
-
-def _bare_socket(transport: ITransport) -> socket.socket | None:
-    """The transport's socket, if bytes sent on it go to the peer as they are."""
-    if (
-        not isinstance(transport, tcp.Connection)
-        or ISSLTransport.providedBy(transport)
-        or transport.TLS
-    ):
-        return None
-    handle: socket.socket = transport.getHandle()
-    return handle

@@ -11,13 +11,14 @@ import hmac
 import itertools
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from twisted.internet.address import UNIXAddress
 from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.interfaces import (
     IDelayedCall,
     IHalfCloseableProtocol,
+    IHandshakeListener,
     IReactorTime,
     ITCPTransport,
 )
@@ -26,31 +27,50 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from walproto.access.grant import Grant
+from walproto.access.limits import Address, Unauthenticated
+from walproto.access.peer import Peer
 from walproto.errors import (
     AdminShutdown,
     CannotConnectNow,
     InternalError,
+    ProtocolViolation,
     ReportedError,
     StreamingEnded,
+    TooManyConnections,
     printable,
 )
 from walproto.lsn import format_lsn
 from walproto.server.configuration import Configuration
+from walproto.server.encryption import Encryption
 from walproto.server.heartbeat import Heartbeat, Lull
 from walproto.server.producer import WalProducer
 from walproto.server.reader import Reader
+from walproto.server.refusal import Refusal
 from walproto.server.service import IServices, OneTimeline, Stream
 from walproto.server.session import Session
-from walproto.server.startup import Cancellation
+from walproto.server.transports import parse_address, peer_of
 from walproto.timeline.interfaces import ITimeline
 from walproto.timeline.replicas import Replica
 from walproto.timeline.slots import Slots
+from walproto.wire.startup import Cancellation, Startup
+
+NO_ALPN = ProtocolViolation(
+    "received direct SSL connection request without ALPN protocol negotiation extension",
+    fatal=True,
+)
+
+TOO_MANY = TooManyConnections(
+    "sorry, too many clients already",
+    fatal=True,
+    log="too many have not authenticated yet: --max-unauthenticated",
+)
 
 LINGER = 5.0
 """Seconds that a client has to take what it was last told."""
 
 
-@implementer(IHalfCloseableProtocol)
+@implementer(IHalfCloseableProtocol, IHandshakeListener)
 class WalSenderProtocol(Protocol):
     """One client.  Its session tells it what to do (:class:`~walproto.server.events.Connection`),
     its producer how that went (:class:`~walproto.server.producer.Listener`).  It holds the
@@ -60,13 +80,19 @@ class WalSenderProtocol(Protocol):
     factory: WalSenderFactory
     transport: Any
 
-    def __init__(self, factory: WalSenderFactory, pid: int) -> None:
+    def __init__(self, factory: WalSenderFactory, pid: int, address: Address) -> None:
         self.factory = factory
         self.pid = pid
-        self.peer = ""
+        self._configuration = factory.configuration
+        self._address = address
+        self.peer = Peer("")
         self._clock = factory.clock
-        self._session = Session(self, factory.services, factory.configuration)
+        self._session = Session(self, factory.services, self._configuration)
         self._key = b""
+        self._is_heard = False
+        self._is_lost = False
+        self._is_admitted = False
+        self._encryption: Encryption
         self._stream: Stream
         self._replica: Replica | None = None
         self._reader: Reader
@@ -79,25 +105,34 @@ class WalSenderProtocol(Protocol):
     # --- for Twisted to call ---------------------------------------------------------------
 
     def connectionMade(self) -> None:
-        address = self.transport.getPeer()
-        if isinstance(address, UNIXAddress):
-            self.peer = "[local]"
-        elif not hasattr(address, "host"):
-            self.peer = str(address)
-        else:
-            self.peer = f"{address.host}:{address.port}"
-            if ITCPTransport.providedBy(self.transport):
-                self.transport.setTcpNoDelay(True)
-                self.transport.setTcpKeepAlive(True)
+        self.peer = peer_of(self.transport)
+        if ITCPTransport.providedBy(self.transport):
+            self.transport.setTcpNoDelay(True)
+            self.transport.setTcpKeepAlive(True)
         self.factory.connections[self.pid] = self
+        self._encryption = Encryption(self.transport, self._configuration.tls)
         self._reader = Reader(self.transport, self._clock, self._deal)
         self.transport.registerProducer(self._reader, True)
-        timeout = self.factory.configuration.authentication_timeout
+        timeout = self._configuration.authentication_timeout
         self._timer = self._clock.callLater(timeout, self._authentication_timed_out)
 
     def dataReceived(self, data: bytes) -> None:
-        self._session.receive(data)
-        self._reader.go_on()
+        if not self._is_heard:
+            self._is_heard = True
+            self.peer = peer_of(self.transport)  # a proxy may have told by now
+        self.handshakeCompleted()  # a proxy's transport does not tell of it
+        if not self._session.is_closed:
+            self._session.receive(data)
+            self._reader.go_on()
+
+    def handshakeCompleted(self) -> None:
+        if not self._encryption.is_under_way:
+            return
+        tls = self._encryption.finish()
+        if tls is None:
+            self._session.fail(NO_ALPN)
+        else:
+            self.peer = replace(self.peer, tls=tls)
 
     def readConnectionLost(self) -> None:
         """The client says nothing more; what it has been answered, it still gets."""
@@ -107,7 +142,9 @@ class WalSenderProtocol(Protocol):
         pass
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self._is_lost = True
         self._reader.stop()
+        self._tell_early_end(reason)
         self.factory.connection_gone(self)
         self._session.events.connection_lost()
         self._stop_timer()
@@ -147,9 +184,32 @@ class WalSenderProtocol(Protocol):
         if other is not None:
             other.cancel_with(request.secret_key)
 
+    @property
+    def offers_tls(self) -> bool:
+        return self._encryption.is_offered
+
+    def start_tls(self, received: bytes) -> None:
+        self._encryption.begin(received)
+
+    def admit(self, startup: Startup, grant: Grant) -> None:
+        self._is_admitted = True
+        self.factory.unauthenticated.leave(self._address)
+        tls = self.peer.tls
+        self._tell(
+            self._log.info,
+            "{peer}: {kind} authorized: user={user} method={method}{rule}{encryption}",
+            kind="replication connection" if startup.replication else "connection",
+            user=printable(startup.user),
+            method=grant.method,
+            rule=f" ({grant.rule})" if grant.rule else "",
+            encryption=""
+            if tls is None
+            else f" SSL enabled (protocol={tls.version}, cipher={tls.cipher}, bits={tls.bits})",
+        )
+
     def take_place(self) -> bool:
         senders = self.factory.senders
-        if len(senders) >= self.factory.configuration.max_wal_senders:
+        if len(senders) >= self._configuration.max_wal_senders:
             return False
         senders.add(self.pid)
         return True
@@ -198,10 +258,14 @@ class WalSenderProtocol(Protocol):
 
     def stop_sending(self) -> None:
         self._stop_checking()
-        if self._producer is not None:
+        if self._producer is None:
+            return
+        if self._is_lost:
+            self._producer.stopProducing()
+        else:
             self._producer.stop()
-            self._producer = None
             self.transport.registerProducer(self._reader, True)
+        self._producer = None
 
     def finish_sending(self) -> None:
         self._stop_checking()
@@ -249,14 +313,16 @@ class WalSenderProtocol(Protocol):
         )
 
     def note(self, text: str) -> None:
-        self._tell(self._log.info, "{who}: {text}", who=self._replica or self.peer, text=text)
+        self._tell(self._log.info, "{who}: {text}", who=self._replica or str(self.peer), text=text)
 
     def close(self) -> None:
         self.factory.senders.discard(self.pid)
         self._reader.stop()
+        self._stop_timer()
+        if self._is_lost:
+            return  # and its transport is good for nothing any more
         self.transport.unregisterProducer()
         self.transport.loseConnection()
-        self._stop_timer()
         self._timer = self._clock.callLater(LINGER, self._lingered)
 
     # --- Listener, for the producer to call ------------------------------------------------
@@ -268,7 +334,7 @@ class WalSenderProtocol(Protocol):
         self._session.fail(error)
 
     def broken(self) -> None:
-        self._log.failure("a defect in walproto: disconnecting {peer}", peer=self.peer)
+        self._log.failure("a defect in walproto: disconnecting {peer}", peer=str(self.peer))
         self._session.fail(InternalError("internal error in the WAL sender", fatal=True))
 
     def caught_up(self) -> None:
@@ -282,10 +348,23 @@ class WalSenderProtocol(Protocol):
 
     # --- within ----------------------------------------------------------------------------
 
+    def _tell_early_end(self, reason: Failure) -> None:
+        """Tell the operator if the connection has ended before the client has said who it is."""
+        if self._is_admitted:
+            return
+        self.factory.unauthenticated.leave(self._address)
+        if self._session.is_closed:
+            return  # by us, and that was told
+        if self._encryption.is_under_way:
+            why = self._encryption.why_not(reason)
+            self.note(f"could not accept SSL connection: {why}")
+        else:
+            self.note("has gone before it was authenticated")
+
     def _tell(self, log: Callable[..., None], text: str, /, **fields: Any) -> None:
         """Tell the operator something of this connection."""
         session = self._session
-        log(session.log_prefix + text, **(session.log_fields | {"peer": self.peer} | fields))
+        log(session.log_prefix + text, **(session.log_fields | {"peer": str(self.peer)} | fields))
 
     def _check_allowed(self) -> None:
         self._passes(self._stream.require_allowed)
@@ -332,7 +411,7 @@ class WalSenderProtocol(Protocol):
         elif error is not None and not isinstance(error, CancelledError):
             self._log.warn(
                 "{peer}: what it has stopped waiting for has failed: {error}",
-                peer=self.peer,
+                peer=str(self.peer),
                 error=error,
             )
 
@@ -383,11 +462,18 @@ class WalSenderFactory(Factory):
         self.connections: dict[int, WalSenderProtocol] = {}
         self.senders: set[int] = set()
         """The process IDs of those that count as WAL senders."""
+        self.unauthenticated = Unauthenticated(
+            self.configuration.max_unauthenticated,
+            self.configuration.max_unauthenticated_per_address,
+        )
         self._pids = itertools.count(1)
         self._awaiting_none: list[Deferred[None]] = []
 
     def buildProtocol(self, addr: object) -> Any:
-        return WalSenderProtocol(self, next(self._pids))
+        address = parse_address(getattr(addr, "host", ""))
+        if not self.unauthenticated.enter(address):
+            return Refusal(TOO_MANY)
+        return WalSenderProtocol(self, next(self._pids), address)
 
     def connection_gone(self, connection: WalSenderProtocol) -> None:
         self.connections.pop(connection.pid, None)

@@ -43,6 +43,7 @@ class Reader:
         self._is_reading = True
         self._is_blocked = False
         self._is_held = False
+        self._is_stopped = False
         self._unheard = 0
         self._next_turn: IDelayedCall | None = None
 
@@ -70,11 +71,15 @@ class Reader:
         self._read_or_not()
 
     def stop(self) -> None:
-        """Deal with nothing more."""
-        self._is_blocked = True
+        """Deal with nothing more; what comes is read all the same, and thrown away: only so is the
+        end of the connection noticed, and TLS needs to hear the client to end it."""
         if self._next_turn is not None:
             self._next_turn.cancel()
             self._next_turn = None
+        self._is_blocked = False
+        self._unheard = 0
+        self._read_or_not()
+        self._is_stopped = True
 
     # --- IPushProducer, for the transport to call ------------------------------------------
 
@@ -94,16 +99,18 @@ class Reader:
         self._take_turn()
 
     def _take_turn(self) -> None:
-        may_deal = not (self._is_blocked or self._is_held or self._next_turn)
+        may_deal = not (self._is_stopped or self._is_blocked or self._is_held or self._next_turn)
         if may_deal and self._deal(TURN):
             self._schedule_turn()
         self._read_or_not()
 
     def _schedule_turn(self) -> None:
-        if self._next_turn is None:
+        if self._next_turn is None and not self._is_stopped:
             self._next_turn = self._clock.callLater(0, self._take_next_turn)
 
     def _read_or_not(self) -> None:
+        if self._is_stopped:
+            return
         is_reading = not (self._is_blocked or self._unheard >= UNHEARD or self._next_turn)
         if is_reading != self._is_reading:
             self._is_reading = is_reading

@@ -11,13 +11,13 @@ from typing import Any
 
 from zope.interface import Interface, implementer
 
+from walproto.access.grant import Grant
 from walproto.errors import CannotConnectNow, ProtocolViolation, TooManyConnections
 from walproto.lsn import format_lsn
 from walproto.server.configuration import Configuration, parse_version
 from walproto.server.producer import Piece
 from walproto.server.results import Wait
 from walproto.server.settings import Settings, format_size
-from walproto.server.startup import Startup
 from walproto.timeline.interfaces import ITimeline
 from walproto.timeline.replicas import Replica
 from walproto.timeline.slots import Slots
@@ -28,6 +28,7 @@ from walproto.wire.replication import (
     StatusUpdate,
     parse_standby_message,
 )
+from walproto.wire.startup import Startup
 
 
 class Stream:
@@ -115,7 +116,7 @@ class Service:
     # --- what there is to do, in this order ------------------------------------------------
 
     def open(self) -> Wait:
-        """Wait until it is known what there is, before the client is even asked who it is."""
+        """Wait until it is known what there is."""
         yield from ()
 
     def require_ready(self) -> None:
@@ -123,7 +124,7 @@ class Service:
         self.timeline.require_ready()
 
     def greeted(self, settings: Settings) -> None:
-        """The client is who it says it is, and these are its settings."""
+        """The client is served from now on, and these are its settings."""
 
     def ready_to_stream(self) -> Wait:
         """Wait until WAL can be sent, before START_REPLICATION is looked at."""
@@ -174,13 +175,18 @@ class Service:
 class IServices(Interface):
     """Decides what a connection is served."""
 
+    def require_ready() -> None:
+        """Raise a FATAL ReportedError if nobody can be served now; all who connect hear of it,
+        before they are asked who they are."""
+
     def newest_protocol_version(configuration: Configuration) -> int:
         """The newest version of the protocol that is spoken with a client, whichever timeline it is
         going to ask for."""
 
-    def serve(startup: Startup, configuration: Configuration) -> Service:
-        """What a client is served that asks for ``startup``.  Raises a FATAL ReportedError if it is
-        nothing."""
+    def serve(startup: Startup, configuration: Configuration, grant: Grant) -> Service:
+        """What a client is served that asks for ``startup`` and may see what ``grant`` says.
+        Raises a FATAL ReportedError if it is nothing: the same one for what there is not, and for
+        what this client may not see."""
 
 
 @implementer(IServices)
@@ -192,6 +198,9 @@ class OneTimeline:
         self._slots = slots
         self._piece = Piece(timeline)
 
+    def require_ready(self) -> None:
+        self._timeline.require_ready()
+
     def newest_protocol_version(self, configuration: Configuration) -> int:
         try:
             self._timeline.require_ready()
@@ -199,5 +208,5 @@ class OneTimeline:
             return PROTOCOL_3_2
         return configuration.newest_protocol_version(self._timeline.identity)
 
-    def serve(self, startup: Startup, configuration: Configuration) -> Service:
+    def serve(self, startup: Startup, configuration: Configuration, grant: Grant) -> Service:
         return Service(self._timeline, self._piece, startup, configuration, self._slots)

@@ -8,13 +8,14 @@ is the whole protocol: each line reads *in this state, when that happens, go the
 
 ::
 
-    starting ─▶ opening ─▶ authenticating ─▶ idle ◀─────────▶ streaming ─▶ stream_ended ─▶ idle
+    starting ─▶ authenticating ─▶ opening ─▶ idle ◀─────────▶ streaming ─▶ stream_ended ─▶ idle
                                              ▲ │ ▲ │              │
                                              │ ▼ │ ▼              ▼
                                        skipping  waiting      stopping ─▶ closed  (◀─ all others)
 
 While opening or waiting, for a disk or another session, nothing that the client says is dealt with,
-but for a CancelRequest.
+but for a CancelRequest.  Nothing of what there is to serve is looked at for a client before it is
+known who it is.
 
 An event that an output causes is queued by the machine until that output has returned.
 
@@ -28,25 +29,25 @@ from typing import Any
 
 from automat import TypeMachineBuilder
 
+from walproto.access.authentication import Exchange
 from walproto.errors import ReportedError
 from walproto.server import outputs as do
 from walproto.server.answers import Answers
-from walproto.server.authentication import Exchange
 from walproto.server.configuration import Configuration
 from walproto.server.events import Connection, Events
 from walproto.server.results import Answer, StreamAnswer, Wait
 from walproto.server.service import IServices, Service, Stream
 from walproto.server.settings import Settings
 from walproto.server.slot_commands import SlotCommands
-from walproto.server.startup import (
+from walproto.timeline.replicas import Replica
+from walproto.wire import messages
+from walproto.wire.framing import Framing
+from walproto.wire.startup import (
     Cancellation,
     EncryptionRequest,
     Startup,
     parse_startup_packet,
 )
-from walproto.timeline.replicas import Replica
-from walproto.wire import messages
-from walproto.wire.framing import Framing
 
 
 class Session:
@@ -64,13 +65,15 @@ class Session:
         self.is_greeted = False
         """Whether the startup phase is over."""
         self.is_closed = False
-        self.encryption_refused: set[int] = set()
+        self.encryption_requested: set[int] = set()
         self.log_prefix = ""
         """What a line in the log about this session begins with, in terms of ``log_fields``."""
         self.log_fields: dict[str, Any] = {}
         self.startup: Startup
-        self.service: Service
         self.exchange: Exchange
+        self.question = b""
+        """What the client was last asked in it."""
+        self.service: Service
         self.settings: Settings
         self.major: int
         self.answers: Answers
@@ -139,6 +142,9 @@ class Session:
             if message is not None:
                 self._event_of_tag[message[0]](*message)
             return message is not None
+        if self.framing.begins_with_tls:
+            self.events.tls_began()
+            return True
         packet = self.framing.next_startup_packet()
         if packet is None:
             return False
@@ -157,8 +163,8 @@ _builder = TypeMachineBuilder(Events, Session)
 E = Events
 
 starting = _builder.state("starting")
-opening = _builder.state("opening")  # what there is to serve is being looked for
 authenticating = _builder.state("authenticating")
+opening = _builder.state("opening")  # what there is to serve is being looked for
 idle = _builder.state("idle")
 waiting = _builder.state("waiting")  # with an answer, and every message behind its question
 skipping = _builder.state("skipping")  # to the next Sync, behind an extended query
@@ -167,22 +173,23 @@ stream_ended = _builder.state("stream_ended")  # our CopyDone is sent, the clien
 stopping = _builder.state("stopping")  # the server shuts down, the client is to confirm
 closed = _builder.state("closed")
 
-starting.upon(E.encryption_requested).loop()(do.refuse_encryption)
+starting.upon(E.encryption_requested).loop()(do.answer_encryption_request)
+starting.upon(E.tls_began).loop()(do.begin_direct_tls)
 starting.upon(E.cancel_requested).to(closed)(do.pass_cancellation_on)
-starting.upon(E.startup_received).to(opening)(do.open_service)
-
-opening.upon(E.waiting_began).loop()(do.wait)
-opening.upon(E.wait_over).loop()(do.go_on_with_opening)
-opening.upon(E.opened).to(authenticating)(do.begin_authentication)
+starting.upon(E.startup_received).to(authenticating)(do.begin_authentication)
 
 authenticating.upon(E.password).loop()(do.go_on_with_authentication)
-authenticating.upon(E.authenticated).to(idle)(do.greet)
+authenticating.upon(E.authenticated).to(opening)(do.open_service)
 authenticating.upon(E.terminate).to(closed)(do.close)
 for _message in (
     *(E.query, E.sync, E.flush, E.copy_data, E.copy_done, E.copy_fail),
     *(E.extended_query, E.function_call),
 ):
     authenticating.upon(_message).loop()(do.refuse_unauthenticated)
+
+opening.upon(E.waiting_began).loop()(do.wait)
+opening.upon(E.wait_over).loop()(do.go_on_with_opening)
+opening.upon(E.opened).to(idle)(do.greet)
 
 idle.upon(E.query).loop()(do.answer_query)
 idle.upon(E.waiting_began).to(waiting)(do.wait)
@@ -227,10 +234,10 @@ for _state in (streaming, stream_ended, stopping):
     ):
         _state.upon(_message).loop()(do.hear_other)
 
-for _state in (starting, opening, authenticating, idle, waiting, skipping):
+for _state in (starting, authenticating, opening, idle, waiting, skipping):
     _state.upon(E.shutdown_requested).to(closed)(do.tell_shutdown_and_close)
 
-for _state in (starting, opening, authenticating, idle, skipping):
+for _state in (starting, authenticating, opening, idle, skipping):
     _state.upon(E.cancelled).loop()(do.ignore)
 for _state in (waiting, streaming, stream_ended):
     _state.upon(E.cancelled).to(idle)(do.tell_cancellation)
@@ -238,11 +245,11 @@ stopping.upon(E.cancelled).to(closed)(do.tell_shutdown_and_close)
 
 for _state in (idle, streaming, stream_ended):
     _state.upon(E.failed).to(idle)(do.tell_error)
-for _state in (starting, opening, authenticating, skipping, stopping):
+for _state in (starting, authenticating, opening, skipping, stopping):
     _state.upon(E.failed).to(closed)(do.tell_and_close)
 
 for _state in (
-    *(starting, opening, authenticating, idle, waiting, skipping),
+    *(starting, authenticating, opening, idle, waiting, skipping),
     *(streaming, stream_ended, stopping),
 ):
     _state.upon(E.failed_fatally).to(closed)(do.tell_and_close)

@@ -34,6 +34,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from walproto.secrets import blanked, masked
 from walproto.upstream.connection import Answer, Row, UpstreamError
 
 CONNECT_TIMEOUT = 10
@@ -58,15 +59,9 @@ def replication_conninfos(conninfo: str) -> list[str]:
     return _conninfos(conninfo, replication="true", dbname="replication")
 
 
-def ordinary_conninfo(conninfo: str) -> str:
-    """The connection string for a connection as ``conninfo`` has it that is not for replication,
-    whatever it says of that.  Raises ValueError if it is no connection string."""
-    return _conninfos(conninfo, replication="")[0]  # empty, libpq does not send it
-
-
 def _conninfos(conninfo: str, **ours: str) -> list[str]:
+    given = settings_in(conninfo)
     try:
-        given = {name: str(value) for name, value in conninfo_to_dict(conninfo).items()}
         service = given.get("service") or os.environ.get("PGSERVICE")
         settings = _defaults(service) | given
         made: dict[str, Any] = {"fallback_application_name": "walproto"}
@@ -79,11 +74,27 @@ def _conninfos(conninfo: str, **ours: str) -> list[str]:
         count = max(map(len, lists.values()), default=1)
         return [make_conninfo(conninfo, **(made | _turned(lists, turn))) for turn in range(count)]
     except PsycopgError as error:
+        raise ValueError(str(error).strip()) from None
+
+
+def settings_in(conninfo: str) -> dict[str, str]:
+    """What a connection string says.  Raises ValueError, in whose text there is no password, if it
+    is none."""
+    try:
+        given = {name: str(value) for name, value in conninfo_to_dict(conninfo).items()}
+    except UnicodeError:
+        raise ValueError("it is not in UTF-8") from None
+    except PsycopgError as error:
         text = str(error).strip()
-        if re.search("pass|://.*@", conninfo):
+        if blanked(conninfo) != conninfo or re.search("pass|(?s:://.*@)", conninfo):
             # What is wrong may be the password.
-            text = re.sub('"="|".*"', lambda it: it[0] if it[0] == '"="' else '"..."', text)
+            text = re.sub('"="|(?s:".*")', lambda it: it[0] if it[0] == '"="' else '"..."', text)
         raise ValueError(text) from None
+    if any("@" in host[1:] for host in given.get("host", "").split(",")):
+        raise ValueError('there is a "@" in the name of a host: in a password it is written "%40"')
+    if not all(re.fullmatch(r"\s*\d*\s*", port) for port in given.get("port", "").split(",")):
+        raise ValueError('a port is no number; if it is a password, a "/" there is written "%2F"')
+    return given
 
 
 _HOSTS = ("host", "hostaddr", "port")
@@ -178,7 +189,7 @@ def _connect(conninfo: str, is_in_vain: Callable[[], bool]) -> PGconn:
                     events = select.POLLIN
                 case _:
                     events = select.POLLOUT
-        problem = _one_line(pgconn.get_error_message())
+        problem = masked(_one_line(pgconn.get_error_message()), _passwords(pgconn))
         in_time = pgconn.status == pq.ConnStatus.BAD
         problems.append(problem if in_time else f"{problem} timeout expired")
         pgconn.finish()
@@ -198,6 +209,7 @@ class Connection:
         self._reactor = reactor
         # One of our own: libpq closes its own when the connection breaks, whoever watches it.
         self._fd = os.dup(pgconn.socket)
+        self._secrets = _passwords(pgconn)
         self._rows: list[Row] = []
         self._awaiting: Deferred[Answer] | None = None
         self._take: Callable[[memoryview], None] | None = None
@@ -360,7 +372,7 @@ class Connection:
                     for row in range(result.ntuples)
                 ]
             case pq.ExecStatus.FATAL_ERROR:
-                self._problem = self._problem or _problem(result)
+                self._problem = self._problem or _problem(result, self._secrets)
             case pq.ExecStatus.COMMAND_OK:
                 pass
             case unexpected:
@@ -384,7 +396,8 @@ class Connection:
             self._reactor.removeWriter(self)
 
     def _notice(self, result: PGresult) -> None:
-        self.notice(result.error_message.decode("utf-8", "replace").strip())
+        text = result.error_message.decode("utf-8", "replace").strip()
+        self.notice(masked(text, self._secrets))
 
     def _log_notice(self, text: str) -> None:
         self._log.info("{peer} says: {text}", peer=self.peer, text=text)
@@ -408,6 +421,12 @@ def _address(pgconn: PGconn) -> str:
     return host if host.startswith("/") else f"{host}:{port}"
 
 
+def _passwords(pgconn: PGconn) -> set[str]:
+    """What must not be logged, though the server may repeat it: the password that was used,
+    wherever it came from."""
+    return {pgconn.password.decode("utf-8", "replace")} - {""}
+
+
 def _one_line(message: str) -> str:
     """What libpq says of one host or several, less its guesses, which it indents, and what psycopg
     puts before it."""
@@ -415,7 +434,7 @@ def _one_line(message: str) -> str:
     return "; ".join(line.strip() for line in lines if not line.startswith("\t"))
 
 
-def _problem(result: PGresult) -> UpstreamError:
+def _problem(result: PGresult, secrets: set[str]) -> UpstreamError:
     """The error that a result carries."""
 
     def field(code: pq.DiagnosticField) -> str:
@@ -425,6 +444,5 @@ def _problem(result: PGresult) -> UpstreamError:
     if not message:  # it is libpq's own, and what follows in it are guesses
         message = result.error_message.decode("utf-8", "replace").strip().split("\n")[0]
     detail = field(pq.DiagnosticField.MESSAGE_DETAIL)
-    return UpstreamError(
-        f"{message} ({detail})" if detail else message, field(pq.DiagnosticField.SQLSTATE)
-    )
+    text = masked(f"{message} ({detail})" if detail else message, secrets)
+    return UpstreamError(text, field(pq.DiagnosticField.SQLSTATE))

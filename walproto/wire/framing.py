@@ -33,6 +33,18 @@ class Framing:
     def clear(self) -> None:
         self._buffer.clear()
 
+    @property
+    def begins_with_tls(self) -> bool:
+        """Whether what waits here is the beginning of a TLS handshake: the type of such a record
+        cannot be the first byte of a startup packet's length."""
+        return self._buffer[:1] == b"\x16"
+
+    def take_all(self) -> bytes:
+        """All that waits here, and does so no longer."""
+        taken = bytes(self._buffer)
+        self._buffer.clear()
+        return taken
+
     def next_startup_packet(self) -> bytes | None:
         """The next startup packet without its length word, or None until it is complete.
 

@@ -129,9 +129,34 @@ class Message:
             raise ProtocolViolation("invalid message format") from error
 
 
+class _Password(Message):
+    """A password, which has errors of its own (``recv_password_packet`` in ``auth.c``)."""
+
+    def parse(self, contents: bytes) -> Any:
+        try:
+            return super().parse(contents)
+        except ProtocolViolation:
+            raise ProtocolViolation("invalid password packet size", fatal=True) from None
+
+
 # --- From the backend: what we send -------------------------------------------------------------
 
+AuthenticationCleartextPassword = Message(
+    "AuthenticationCleartextPassword", b"R", "status" / Const(3, Int32ub)
+)
 AuthenticationOk = Message("AuthenticationOk", b"R", "status" / Const(0, Int32ub))
+AuthenticationSASL = Message(
+    "AuthenticationSASL",
+    b"R",
+    "status" / Const(10, Int32ub),
+    "mechanisms" / RepeatUntil(lambda name, *_: name == "", String),
+)
+AuthenticationSASLContinue = Message(
+    "AuthenticationSASLContinue", b"R", "status" / Const(11, Int32ub), "data" / GreedyBytes
+)
+AuthenticationSASLFinal = Message(
+    "AuthenticationSASLFinal", b"R", "status" / Const(12, Int32ub), "data" / GreedyBytes
+)
 BackendKeyData = Message("BackendKeyData", b"K", "process_id" / Int32ub, "secret_key" / GreedyBytes)
 CommandComplete = Message("CommandComplete", b"C", "command_tag" / String)
 CopyDone = Message("CopyDone", b"c", limit=SMALL_LIMIT)  # from the frontend, too
@@ -167,6 +192,12 @@ Field = Struct(
 )
 RowDescription = Message("RowDescription", b"T", "fields" / PrefixedArray(Int16ub, Field))
 
+
+def asks_for_sasl(message: bytes) -> bool:
+    """Whether a whole message asks the frontend for a SASLInitialResponse or SASLResponse."""
+    return message[:1] == b"R" and message[5:9] in (b"\0\0\0\x0a", b"\0\0\0\x0b")
+
+
 # --- From the frontend: what we are sent, behind the startup packet ------------------------------
 # The extended query protocol and function calls are refused whatever they hold.
 
@@ -185,6 +216,16 @@ PasswordMessage = Message(
 Query = Message("Query", b"Q", "query" / String, limit=LARGE_LIMIT)
 Sync = Message("Sync", b"S", limit=SMALL_LIMIT)
 Terminate = Message("Terminate", b"X", limit=SMALL_LIMIT)
+
+# What PasswordMessage holds, by method; of SASLResponse, all of it is data.
+CleartextPassword = _Password("PasswordMessage", b"p", "password" / String)
+SASLInitialResponse = Message(
+    "SASLInitialResponse",
+    b"p",
+    "mechanism" / String,
+    "length" / Int32sb,
+    "data" / If(this.length != -1, Bytes(this.length)),
+)
 
 FRONTEND: dict[bytes, Message] = {
     message.tag: message

@@ -38,6 +38,10 @@ class EncryptionRequest:
     code: int
 
     @property
+    def is_tls(self) -> bool:
+        return self.code == SSL_REQUEST_CODE
+
+    @property
     def name(self) -> str:
         return "SSL" if self.code == SSL_REQUEST_CODE else "GSSAPI encryption"
 
@@ -55,14 +59,15 @@ class Startup:
     """StartupMessage, and what it comes to.
 
     ``parameters`` are those that are settings, in the order they came in; ``negotiation`` is the
-    NegotiateProtocolVersion that has to be sent first, or empty.
+    NegotiateProtocolVersion that has to be sent first, or empty.  In ``options`` and ``parameters``
+    may be a connection string with a password, so they are not in the ``repr``.
     """
 
     user: str
     database: str
     replication: bool
-    options: str
-    parameters: tuple[tuple[str, str], ...]
+    options: str = field(repr=False)
+    parameters: tuple[tuple[str, str], ...] = field(repr=False)
     long_keys: bool
     """Whether the client understands cancel keys of more than 4 bytes (protocol 3.2)."""
     negotiation: bytes = field(default=b"", repr=False)
@@ -128,14 +133,19 @@ def _parse_startup_message(packet: bytes, newest_version: int) -> Startup:
             "no PostgreSQL user name specified in startup packet", fatal=True
         )
     return Startup(
-        user=known["user"],
-        database=known["database"] or known["user"],
+        user=_as_name(known["user"]),
+        database=_as_name(known["database"] or known["user"]),
         replication=replication,
         options=known["options"],
         parameters=tuple(parameters),
         long_keys=negotiated >= PROTOCOL_3_2,
         negotiation=negotiation,
     )
+
+
+def _as_name(text: str) -> str:
+    """As much of a name as PostgreSQL takes: 63 bytes (``NAMEDATALEN``)."""
+    return text.encode("utf-8", "surrogateescape")[:63].decode("utf-8", "surrogateescape")
 
 
 def _parse_replication(value: str) -> bool:

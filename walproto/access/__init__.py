@@ -1,0 +1,1 @@
+"""Who may connect, how they prove it, and what they may see."""
