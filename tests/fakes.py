@@ -25,7 +25,8 @@ from walproto.access.grant import Grant
 from walproto.errors import CannotConnectNow, InternalError, UndefinedFile
 from walproto.lsn import format_lsn, segment_name
 from walproto.server.configuration import Configuration
-from walproto.server.protocol import WalSenderFactory, WalSenderProtocol
+from walproto.server.factory import WalSenderFactory
+from walproto.server.protocol import WalSenderProtocol
 from walproto.server.results import Wait
 from walproto.server.service import OneTimeline, Service
 from walproto.timeline.history import Ancestor, History

@@ -29,7 +29,7 @@ from tests.guarded import (
 )
 from tests.jwt_keys import EVERYTHING, FOR_TENANT, TENANT, key, new_key
 from walproto.access.grant import Scope
-from walproto.access.guard import Guard
+from walproto.access.guard import AccessError, Guard
 
 
 @pytest.fixture
@@ -63,8 +63,14 @@ def test_who_is_near_is_trusted_and_nobody_else(files: Files) -> None:
         assert come(guard, LOCAL, replication=False).outcome == "default:2 trust"
         assert is_closed_to_others(guard)
     files.users()
-    files.keys()
     assert is_closed_to_others(files.guard(offers_tls=False))
+
+
+def test_passwords_and_tokens_take_rules(files: Files) -> None:
+    files.users()
+    files.keys()
+    with pytest.raises(AccessError, match="say with --hba-file who uses which"):
+        files.guard()
 
 
 def test_an_address_of_this_machine_alone_makes_nobody_near(files: Files) -> None:

@@ -10,7 +10,7 @@ import walproto
 
 PACKAGE = Path(walproto.__file__).parent
 MAP = re.findall(r"^- :mod:`(walproto[\w.]*)`", walproto.__doc__ or "", re.MULTILINE)
-MAY_USE_TWISTED = ("walproto.options", "walproto.tap", "walproto.access.tls")
+MAY_USE_TWISTED = ("walproto.access.tls", "walproto.options", "walproto.running", "walproto.tap")
 
 
 def imported_by(module: str) -> set[str]:

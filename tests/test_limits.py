@@ -32,7 +32,8 @@ from tests.fakes import (
 )
 from tests.test_session import PASSWORD, Password
 from walproto.access.limits import Unauthenticated
-from walproto.server.protocol import LINGER, TOO_MANY, WalSenderFactory
+from walproto.server.factory import TOO_MANY, WalSenderFactory
+from walproto.server.protocol import LINGER
 
 Address = IPv4Address | IPv6Address | None
 

@@ -38,7 +38,7 @@ from walproto.neon.ids import TimelineIds
 from walproto.neon.pageservers import REMEMBERED, Pageservers
 from walproto.neon.streams import PageserverStream
 from walproto.neon.walsender import Safekeeper
-from walproto.server.protocol import WalSenderFactory
+from walproto.server.factory import WalSenderFactory
 from walproto.wire.replication import PageserverFeedback, pageserver_feedback
 
 ONE, OTHER = ids_of(1), ids_of(2)

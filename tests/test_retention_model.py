@@ -28,7 +28,7 @@ from tests.upstream_fakes import HeldThreads
 from tests.wal_builder import MB, PAGE, WalBuilder
 from walproto.access.authentication import Trust
 from walproto.lsn import format_lsn, parse_segment_name
-from walproto.server.protocol import WalSenderFactory
+from walproto.server.factory import WalSenderFactory
 from walproto.timeline import retention
 from walproto.timeline.directory import WalDirectory
 from walproto.timeline.received import Received

@@ -63,6 +63,7 @@ producer, bytes.  A module imports only from those above it in this list:
 - :mod:`walproto.server.heartbeat`: wal_sender_timeout, and other timers
 - :mod:`walproto.server.reader`: lets a client have its say
 - :mod:`walproto.server.protocol`: the connection
+- :mod:`walproto.server.factory`: all connections
 - :mod:`walproto.upstream.connection`: what is needed of a connection to a server
 - :mod:`walproto.upstream.libpq`: such a connection
 - :mod:`walproto.upstream.foreign`: one to a server that a client has named
@@ -86,6 +87,7 @@ producer, bytes.  A module imports only from those above it in this list:
 - :mod:`walproto.neon.streams`: how a safekeeper streams
 - :mod:`walproto.neon.walsender`: serves many timelines
 - :mod:`walproto.options`: what ``twist walsender`` is told
+- :mod:`walproto.running`: what runs while that does, and how it ends
 - :mod:`walproto.tap`: ``twist walsender``
 
 To embed it, this much is needed: :class:`WalDirectory` and :class:`WalSenderFactory`; to bring a
@@ -94,7 +96,7 @@ to bring many timelines, :class:`IServices`, or a safekeeper's, :mod:`walproto.n
 """
 
 from walproto.access.authentication import IAuthenticator
-from walproto.server.protocol import WalSenderFactory
+from walproto.server.factory import WalSenderFactory
 from walproto.server.service import IServices
 from walproto.timeline.directory import WalDirectory
 from walproto.timeline.interfaces import ITimeline

@@ -344,13 +344,8 @@ class Options(UsageOptions):
             raise UsageError("--ssl-crl-file means nothing without --ssl-ca-file")
         if self["ssl-min-protocol-version"] not in (None, "TLSv1.2", "TLSv1.3"):
             raise UsageError("--ssl-min-protocol-version: say TLSv1.2 or TLSv1.3")
-        if self["jwt-public-key"] is not None:
-            if self["data-dir"] is None:
-                raise UsageError("--jwt-public-key means nothing without --data-dir")
-            if self["auth-file"] is not None and self["hba-file"] is None:
-                raise UsageError(
-                    "--auth-file and --jwt-public-key: say with --hba-file who uses which"
-                )
+        if self["jwt-public-key"] is not None and self["data-dir"] is None:
+            raise UsageError("--jwt-public-key means nothing without --data-dir")
 
     def _check_upstream(self) -> None:
         if self["upstream"] is None:

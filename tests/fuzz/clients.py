@@ -14,7 +14,7 @@ from twisted.internet.task import Clock
 from tests.fakes import MemoryTransport, message
 from tests.fuzz.backend import parse_messages
 from tests.fuzz.proofs import ScramClient
-from walproto.server.protocol import WalSenderFactory
+from walproto.server.factory import WalSenderFactory
 
 CAPACITY = 65536
 """Bytes that may wait in a transport before it asks for a pause, as with Twisted's."""

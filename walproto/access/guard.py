@@ -198,6 +198,8 @@ class Guard:
 
     def _default_rules(self) -> tuple[Rules, Rules]:
         near = parse_hba(_NEAR, "default")
+        if self._auth_file is not None and self._jwt_public_key is not None:
+            raise HbaError(["--auth-file and --jwt-public-key: say with --hba-file who uses which"])
         methods = {"scram-sha-256": self._auth_file, "jwt": self._jwt_public_key}
         method = next((method for method, file in methods.items() if file is not None), None)
         if method is None or not self._offers_tls:

@@ -16,8 +16,9 @@ class Tls:
 
     ``version`` and ``cipher`` are OpenSSL's names, such as ``TLSv1.3`` and
     ``TLS_AES_256_GCM_SHA384``; ``bits`` is the cipher's strength.  ``common_name`` is that of the
-    client's certificate, None if it has shown none that our CA has signed.  ``end_point`` is the
-    hash of our own certificate that ``tls-server-end-point`` binds an authentication to (RFC 5929,
+    client's certificate, empty if that has none that can be printed, None if it has shown no
+    certificate; one that our CA has not signed has ended the handshake.  ``end_point`` is the hash
+    of our own certificate that ``tls-server-end-point`` binds an authentication to (RFC 5929,
     section 4), None if the certificate has none.
     """
 

@@ -276,7 +276,7 @@ def _common_name(connection: SSL.Connection) -> str | None:
         certificate = connection.get_peer_certificate(as_cryptography=True)
     except (ValueError, x509.InvalidVersion):
         return None
-    return None if certificate is None else common_name(certificate)
+    return None if certificate is None else common_name(certificate) or ""
 
 
 def _handshake_error(reason: str) -> SSL.Error:
