@@ -56,11 +56,9 @@ def is_closed_to_others(guard: Guard) -> bool:
 def test_who_is_near_is_trusted_and_nobody_else(files: Files) -> None:
     """That there is TLS alone, or passwords alone, opens nothing."""
     for guard in (Guard(), Guard(offers_tls=True), files.guard()):
-        assert [come(guard, peer).outcome for peer in NEAR] == [
-            "default:2 trust",
-            *["default:3 trust"] * 3,
-        ]
-        assert come(guard, LOCAL, replication=False).outcome == "default:2 trust"
+        outcomes = {come(guard, peer).outcome for peer in NEAR}
+        assert outcomes == {"without --hba-file trust"}
+        assert come(guard, LOCAL, replication=False).outcome == "without --hba-file trust"
         assert is_closed_to_others(guard)
     files.users()
     assert is_closed_to_others(files.guard(offers_tls=False))
@@ -83,7 +81,7 @@ def test_an_address_of_this_machine_alone_makes_nobody_near(files: Files) -> Non
     guard = files.guard()
     assert come(guard, claimed).error
     assert come(guard, unix).error
-    assert come(guard, over_tls(claimed), scram()).outcome == "default:1 scram-sha-256"
+    assert come(guard, over_tls(claimed), scram()).outcome == "without --hba-file scram-sha-256"
 
 
 def test_the_others_need_tls_and_a_password(files: Files) -> None:
@@ -96,7 +94,7 @@ def test_the_others_need_tls_and_a_password(files: Files) -> None:
         for replication in (True, False):
             said = come(guard, over_tls(peer), scram(), replication=replication)
             assert said.grant
-            assert said.outcome == "default:1 scram-sha-256"
+            assert said.outcome == "without --hba-file scram-sha-256"
             assert said.grant.scopes == ()
             assert said.grant.last_message[5:9] == b"\0\0\0\x0c"
     wrong = come(guard, over_tls(), scram("wrong"))
@@ -104,7 +102,7 @@ def test_the_others_need_tls_and_a_password(files: Files) -> None:
     nobody = come(guard, over_tls(), scram(), user="nobody")
     assert nobody.outcome == WRONG_PASSWORD.format("nobody")
     assert nobody.log == f'User "nobody" is not in {files.directory}/users.'
-    assert come(guard, LOOPBACK).outcome == "default:3 trust"
+    assert come(guard, LOOPBACK).outcome == "without --hba-file trust"
 
 
 def test_or_tls_and_a_token(files: Files) -> None:
@@ -112,8 +110,8 @@ def test_or_tls_and_a_token(files: Files) -> None:
     guard = files.guard()
     assert come(guard, FAR).outcome == NO_ENTRY.format("203.0.113.9", "alice", "no encryption")
     said = come(guard, over_tls(), cleartext(key().token(EVERYTHING)))
-    assert (said.outcome, said.grant and said.grant.scopes) == ("default:1 jwt", ())
-    assert come(guard, LOCAL).outcome == "default:2 trust"
+    assert (said.outcome, said.grant and said.grant.scopes) == ("without --hba-file jwt", ())
+    assert come(guard, LOCAL).outcome == "without --hba-file trust"
 
 
 # --- With one ------------------------------------------------------------------------------------

@@ -86,12 +86,12 @@ def test_files_that_cannot_be_read(files: Files) -> None:
         path.unlink()
     problems = files.problems()
     assert problems == [
-        'could not open file "users": No such file or directory',
+        '--auth-file: could not open file "users": No such file or directory',
         "jwt.pem: No such file or directory",
-        'could not open file "hba": No such file or directory',
+        '--hba-file: could not open file "hba": No such file or directory',
     ]
     (files.directory / "hba").mkdir()
-    assert files.problems()[2] == 'could not open file "hba": Is a directory'
+    assert files.problems()[2] == '--hba-file: could not open file "hba": Is a directory'
 
 
 def test_a_file_of_comments_lets_nobody_in_by_mistake(files: Files) -> None:

@@ -76,7 +76,7 @@ def test_whom_a_proxy_on_this_machine_brings_is_not_near(
     ("header", "expected"),
     [
         (version_1("127.0.0.1"), Peer("127.0.0.1:4711", ip_address("127.0.0.1"), is_near=True)),
-        (from_ipv6("::1"), Peer("::1:4711", ip_address("::1"), is_near=True)),
+        (from_ipv6("::1"), Peer("[::1]:4711", ip_address("::1"), is_near=True)),
         (from_unix(), Peer("[local]", is_local=True, is_near=True)),
     ],
 )

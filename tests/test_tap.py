@@ -257,7 +257,10 @@ def test_counts(tmp_path: Path) -> None:
         ):
             told = refused("--wal-dir", tmp_path, "--upstream", "", f"--{option}={text}")
             name = option.replace("-", "_")
-            assert told == f'--{option}: invalid value for parameter "{name}": "{text}"'
+            assert told == (
+                f'--{option}: invalid value for parameter "{name}": "{text}" '
+                "(It must be a number from 0 to 262143.)"
+            )
 
 
 def test_how_many_clients_there_may_be_can_be_said_of_any_directory(tmp_path: Path) -> None:

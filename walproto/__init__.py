@@ -22,6 +22,7 @@ producer, bytes.  A module imports only from those above it in this list:
 - :mod:`walproto.access.hba_tokens`: the lines of pg_hba.conf, taken apart
 - :mod:`walproto.access.hba`: who may connect from where
 - :mod:`walproto.access.hba_file`: the same, in a file
+- :mod:`walproto.access.policy`: what the files say together
 - :mod:`walproto.access.guard`: who may connect, all told
 - :mod:`walproto.access.limits`: how many may be connected that are not known yet
 - :mod:`walproto.access.certificates`: certificates and keys, read from files

@@ -52,7 +52,10 @@ def _bound(name: str, text: str) -> int | None:
 def _count(name: str, text: str) -> int:
     """A number from 0 to 262143, which is MAX_BACKENDS."""
     if not re.fullmatch("[0-9]{1,6}", text) or int(text) > 262143:
-        raise InvalidParameterValue(f'invalid value for parameter "{name}": "{text}"')
+        raise InvalidParameterValue(
+            f'invalid value for parameter "{name}": "{text}"',
+            hint="It must be a number from 0 to 262143.",
+        )
     return int(text)
 
 

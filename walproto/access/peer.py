@@ -28,6 +28,10 @@ class Tls:
     common_name: str | None = None
     end_point: bytes | None = None
 
+    def __str__(self) -> str:
+        """As PostgreSQL's log has it."""
+        return f"SSL enabled (protocol={self.version}, cipher={self.cipher}, bits={self.bits})"
+
 
 @dataclass(frozen=True, slots=True)
 class Peer:
@@ -51,7 +55,9 @@ class Peer:
     @property
     def host(self) -> str:
         """As PostgreSQL's messages have it: the address without the port, or ``[local]``."""
-        return self.name if self.address is None else str(self.address)
+        return (
+            self.name.rpartition(":")[0] or self.name if self.address is None else str(self.address)
+        )
 
     @property
     def encryption(self) -> str:

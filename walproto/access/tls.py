@@ -34,14 +34,12 @@ from walproto.access.certificates import (
     trouble_with_revocation_list,
 )
 from walproto.access.peer import Tls
+from walproto.wire.startup import ALPN
 
 __all__ = ["PROTOCOL_VERSIONS", "ServerTls", "TlsError"]
 
 #: PostgreSQL's names for what may be the oldest version that is spoken.
 PROTOCOL_VERSIONS = {"TLSv1.2": SSL.TLS1_2_VERSION, "TLSv1.3": SSL.TLS1_3_VERSION}
-
-#: The application protocol's registered name (ALPN, RFC 7301).
-PROTOCOL = b"postgresql"
 
 #: For TLS 1.2: forward secrecy and authenticated encryption only.  TLS 1.3 has nothing else.
 CIPHERS = b"ECDHE+AESGCM:ECDHE+CHACHA20"
@@ -243,8 +241,8 @@ def _store(context: SSL.Context) -> X509Store:
 
 
 def _select_protocol(connection: SSL.Connection, offered: list[bytes]) -> bytes:
-    if PROTOCOL in offered:
-        return PROTOCOL
+    if ALPN in offered:
+        return ALPN
     # What a callback raises ends the handshake: here with the alert no_application_protocol.
     raise _handshake_error("no application protocol: the client's (ALPN) are not postgresql")
 

@@ -14,9 +14,7 @@ from twisted.python.failure import Failure
 
 from walproto.access.peer import Tls
 from walproto.server.transports import ServerTls
-
-ALPN = b"postgresql"
-"""The application protocol that a client must agree upon that begins with TLS."""
+from walproto.wire.startup import ALPN
 
 
 class Encryption:

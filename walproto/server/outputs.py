@@ -402,6 +402,7 @@ def tell_shutdown_and_close(events: Events, session: Session) -> None:
         error = AdminShutdown("terminating connection due to administrator command", fatal=True)
     else:
         error = CannotConnectNow("the database system is shutting down", fatal=True)
+        session.connection.report(error)
     session.clean_up()
     session.connection.write(error_response(error))
     close(events, session)

@@ -126,6 +126,7 @@ class WalSenderProtocol(Protocol):
 
     def readConnectionLost(self) -> None:
         """The client says nothing more; what it has been answered, it still gets."""
+        self._tell_early_end(connectionDone)
         self._session.events.connection_lost()
 
     def writeConnectionLost(self) -> None:
@@ -135,6 +136,8 @@ class WalSenderProtocol(Protocol):
         self._is_lost = True
         self._reader.stop()
         self._tell_early_end(reason)
+        if not self._is_admitted:
+            self.factory.unauthenticated.leave(self._address)
         self.factory.connection_gone(self)
         self._session.events.connection_lost()
         self._stop_timer()
@@ -155,10 +158,12 @@ class WalSenderProtocol(Protocol):
             AdminShutdown("terminating connection due to administrator command", fatal=True)
         )
 
-    def cancel_with(self, key: bytes) -> None:
-        """Cancel what the session does, if this is its key."""
-        if self._key and hmac.compare_digest(self._key, key):
+    def cancel_with(self, key: bytes) -> bool:
+        """Cancel what the session does, if this is its key; whether it is."""
+        is_right = bool(self._key) and hmac.compare_digest(self._key, key)
+        if is_right:
             self._session.events.cancelled()
+        return is_right
 
     # --- Connection, for the session to call -----------------------------------------------
 
@@ -171,8 +176,10 @@ class WalSenderProtocol(Protocol):
 
     def cancel(self, request: Cancellation) -> None:
         other = self.factory.connections.get(request.process_id)
-        if other is not None:
-            other.cancel_with(request.secret_key)
+        if other is None:
+            self.note(f"PID {request.process_id} in cancel request did not match any process")
+        elif not other.cancel_with(request.secret_key):
+            self.note(f"wrong key in cancel request for process {request.process_id}")
 
     @property
     def offers_tls(self) -> bool:
@@ -192,9 +199,7 @@ class WalSenderProtocol(Protocol):
             user=printable(startup.user),
             method=grant.method,
             rule=f" ({grant.rule})" if grant.rule else "",
-            encryption=""
-            if tls is None
-            else f" SSL enabled (protocol={tls.version}, cipher={tls.cipher}, bits={tls.bits})",
+            encryption="" if tls is None else f" {tls}",
         )
 
     def take_place(self) -> bool:
@@ -289,17 +294,17 @@ class WalSenderProtocol(Protocol):
 
     def report(self, error: ReportedError) -> None:
         log = self._log.warn
-        if isinstance(error, CannotConnectNow):
-            log = self._log.debug
-        elif isinstance(error, StreamingEnded):
+        if isinstance(error, (CannotConnectNow, StreamingEnded)):
             log = self._log.info
+        tls = None if self._is_admitted else self.peer.tls
         self._tell(
             log,
-            "{peer}: {severity} {sqlstate}: {text}{more}",
+            "{peer}: {severity} {sqlstate}: {text}{more}{encryption}",
             severity=error.severity,
             sqlstate=error.sqlstate,
             text=printable(error.message),
             more=f" ({printable(error.log)})" if error.log else "",
+            encryption="" if tls is None else f" {tls}",
         )
 
     def note(self, text: str) -> None:
@@ -340,11 +345,8 @@ class WalSenderProtocol(Protocol):
 
     def _tell_early_end(self, reason: Failure) -> None:
         """Tell the operator if the connection has ended before the client has said who it is."""
-        if self._is_admitted:
-            return
-        self.factory.unauthenticated.leave(self._address)
-        if self._session.is_closed:
-            return  # by us, and that was told
+        if self._is_admitted or self._session.is_closed:
+            return  # if it was closed, that was told
         if self._encryption.is_under_way:
             why = self._encryption.why_not(reason)
             self.note(f"could not accept SSL connection: {why}")

@@ -56,7 +56,7 @@ def peer_of(transport: Any) -> Peer:
     ip = parse_address(getattr(address, "host", ""))
     if ip is None:
         return Peer(str(address))
-    name = f"{ip}:{address.port}"
+    name = f"{ip}:{address.port}" if ip.version == 4 else f"[{ip}]:{address.port}"
     if ip.is_loopback and not is_near:
         return Peer(name)
     return Peer(name, ip, is_near=ip.is_loopback)

@@ -27,6 +27,9 @@ from walproto.wire.messages import (
     StartupMessage,
 )
 
+ALPN = b"postgresql"
+"""The protocol's name for the negotiation of application protocols within TLS (RFC 7301)."""
+
 _TRUE = ["true", "yes", "on", "1"]
 _FALSE = ["false", "no", "off", "0"]
 
