@@ -194,7 +194,7 @@ class Options(UsageOptions):
             "ssl-cert-file",
             None,
             None,
-            "Offer TLS, with the server certificate in this PEM file.",
+            "Offer TLS, with the server certificate in this PEM file; needs walproto[tls].",
         ],
         ["ssl-key-file", None, None, "The private key for it; nobody else may read the file."],
         [
@@ -228,7 +228,7 @@ class Options(UsageOptions):
             None,
             None,
             "Take JSON web tokens as passwords that were signed for the public key in this PEM "
-            "file; needs --data-dir and TLS.",
+            "file; needs --data-dir, TLS and walproto[jwt].",
         ],
         [
             "authentication-timeout",
@@ -270,8 +270,9 @@ class Options(UsageOptions):
         self["listen"] = []
 
     def opt_listen(self, endpoint: str) -> None:
-        """Where to listen, as a Twisted endpoint: tcp:5433, unix:/run/walsender/.s.PGSQL.5433,
-        ...; may be given more than once. [default: tcp:5433:interface=127.0.0.1]"""
+        """Where to listen, as a Twisted endpoint: tcp:5433 (all of IPv4), tcp6:5433,
+        unix:/run/walsender/.s.PGSQL.5433, ...; may be given more than once. [default:
+        tcp:5433:interface=127.0.0.1]"""
         self["listen"].append(endpoint)
 
     opt_l = opt_listen
