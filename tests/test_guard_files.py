@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,7 +88,7 @@ def test_files_that_cannot_be_read(files: Files) -> None:
     problems = files.problems()
     assert problems == [
         '--auth-file: could not open file "users": No such file or directory',
-        "jwt.pem: No such file or directory",
+        '--jwt-public-key: could not open file "jwt.pem": No such file or directory',
         '--hba-file: could not open file "hba": No such file or directory',
     ]
     (files.directory / "hba").mkdir()
@@ -183,6 +184,106 @@ def test_the_operator_is_warned_of_the_files_in_force(files: Files) -> None:
     guard.reload()
     assert len(guard.warnings) == 2
     write(path, b"", mode=0o600)
+    guard.reload()
+    assert not guard.warnings
+
+
+NOT_FOR_REPLICATION = (
+    "nobody is served by this rule: only the database replication matches replication, all does not"
+)
+NOT_ASKED = (
+    "nobody is ever asked for a password: without TLS, or by the --hba-file, there is no need for "
+    "one"
+)
+ALICE = f'"alice" "SCRAM-SHA-256$4096:AAECAwQFBgcICQoLDA0ODw==${"A" * 43}=:{"B" * 43}="\n'
+"""A user of whom nothing has to be said."""
+
+
+def warnings(files: Files, **options: Any) -> list[str]:
+    told = files.guard(**options).warnings
+    return [warning.replace(f"{files.directory}/", "") for warning in told]
+
+
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        ("local all all trust", NOT_FOR_REPLICATION),
+        ("host all all all scram-sha-256", NOT_FOR_REPLICATION),
+        ('host "replication" all all trust', NOT_FOR_REPLICATION),
+        ("hostssl postgres,sameuser alice all scram-sha-256", NOT_FOR_REPLICATION),
+        ("host all bob all scram-sha-256", NOT_FOR_REPLICATION),
+        ("host replication bob all scram-sha-256", 'user "bob" is not in users'),
+        ("host replication alice,bob all scram-sha-256", 'user "bob" is not in users'),
+        ("host replication md5 all scram-sha-256", 'user "md5" is not in users'),
+        ('host replication "all" all scram-sha-256', 'user "all" is not in users'),
+    ],
+)
+def test_a_rule_that_is_of_no_use_is_warned_of(files: Files, rule: str, told: str) -> None:
+    files.users(ALICE + f'"md5" "md5{"0" * 32}"\n')
+    files.hba(f"local replication all scram-sha-256\n{rule}\n")
+    ours, theirs = warnings(files), f"hba:2: {told}"
+    assert ours[0] == theirs
+    assert not [warning for warning in ours[1:] if warning.startswith("hba:")]
+
+
+def test_each_user_who_is_not_in_the_file_is_warned_of(files: Files) -> None:
+    files.users(ALICE)
+    files.hba("local replication dave,alice,bob scram-sha-256\nlocal replication erin trust\n")
+    assert warnings(files) == [f'hba:1: user "{user}" is not in users' for user in ("bob", "dave")]
+
+
+@pytest.mark.parametrize(
+    ("rules", "options"),
+    [
+        (None, {"offers_tls": False}),
+        ("local replication all trust", {}),
+        ("host all all all reject\nhostssl replication all all cert", {}),
+    ],
+)
+def test_passwords_that_nobody_is_asked_for_are_warned_of(
+    files: Files, rules: str | None, options: dict[str, bool]
+) -> None:
+    files.users(ALICE)
+    if rules is not None:
+        files.hba(rules)
+    assert warnings(files, **options) == [f"users: {NOT_ASKED}"]
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        None,
+        "hostssl replication alice all scram-sha-256",
+        "host all,replication all all scram-sha-256",
+        "local replication all trust\nhost replication bob 10.0.0.0/8 reject\n"
+        "hostssl replication bob all cert\nhostssl replication all all scram-sha-256",
+        "hostssl replication alice all scram-sha-256 clientcert=verify-full",
+    ],
+)
+def test_of_a_good_configuration_there_is_nothing_to_say(files: Files, rules: str | None) -> None:
+    assert warnings(files, offers_tls=False) == []
+    files.users(ALICE)
+    if rules is not None:
+        files.hba(rules)
+    assert warnings(files) == []
+
+
+def test_the_warnings_are_of_the_files_in_force(files: Files) -> None:
+    users = files.users(ALICE)
+    files.hba("local replication alice scram-sha-256\n")
+    guard = files.guard()
+    assert not guard.warnings
+    files.hba("local replication bob scram-sha-256\n")
+    guard.reload()
+    assert list(guard.warnings) == [f'{files.directory}/hba:1: user "bob" is not in {users}']
+    files.hba("local all all trust\n")
+    guard.reload()
+    assert list(guard.warnings) == [
+        f"{files.directory}/hba:1: {NOT_FOR_REPLICATION}",
+        f"{users}: {NOT_ASKED}",
+    ]
+    files.hba("local replication bob scram-sha-256\n")
+    files.users(ALICE + ALICE.replace("alice", "bob"))
     guard.reload()
     assert not guard.warnings
 

@@ -52,11 +52,11 @@ def test_there_is_a_bound_for_each_address_and_one_for_all() -> None:
     assert [limits.enter(one) for _ in range(3)] == [True, True, False]
     assert [limits.enter(two) for _ in range(3)] == [True, True, False]
     assert len(limits) == 4
-    assert limits.enter(None)
-    for address in (one, two, *STRANGERS, *NETWORK, *THIS_MACHINE):
+    assert limits.enter(ANOTHER_NETWORK)
+    for address in (*STRANGERS, *NETWORK):
         assert not limits.enter(address)
     assert len(limits) == 5
-    limits.leave(None)
+    limits.leave(ANOTHER_NETWORK)
     assert not limits.enter(one)
     limits.leave(two)
     assert limits.enter(two)
@@ -73,12 +73,15 @@ def test_a_network_of_ipv6_addresses_counts_as_one() -> None:
     assert limits.enter(NETWORK[0])
 
 
-def test_this_machine_is_bound_by_the_total_alone() -> None:
+def test_this_machine_has_places_of_its_own() -> None:
+    """As many as there are for all others, who do not keep it out; nor does it them."""
     limits = Unauthenticated(len(THIS_MACHINE) * 3, 1)
+    assert limits.enter(STRANGERS[0])
     for address in THIS_MACHINE * 3:
         assert limits.enter(address)
-    for address in (*THIS_MACHINE, *STRANGERS):
+    for address in (*THIS_MACHINE, STRANGERS[0]):
         assert not limits.enter(address)
+    assert limits.enter(STRANGERS[1])
 
 
 ADDRESSES = [*THIS_MACHINE, *STRANGERS, *NETWORK, ANOTHER_NETWORK]
@@ -110,12 +113,14 @@ def test_counts_are_never_wrong_and_never_negative(
                 limits.leave(address)
                 model[network] -= 1
         else:
-            fits = model.total() < total and (network is None or model[network] < each)
+            near, all_told = model[None], model.total()
+            fits = near < total if network is None else all_told - near < total
+            fits &= network is None or model[network] < each
             assert limits.enter(address) == fits
             if fits:
                 inside.append(address)
                 model[network] += 1
-        assert len(limits) == len(inside) == model.total() <= total
+        assert len(limits) == len(inside) == model.total() <= 2 * total
     for address in inside:
         limits.leave(address)
     assert len(limits) == 0
@@ -195,21 +200,25 @@ def test_who_finds_no_place_is_told_at_once_and_nothing_is_read_of_it() -> None:
     assert second.told == []
 
 
-def test_the_bound_for_all_holds_for_everybody() -> None:
-    server = Server(max_unauthenticated=3)
-    everywhere = (
+def test_the_bound_for_all_holds_for_everybody_elsewhere_and_for_everybody_here() -> None:
+    server = Server(max_unauthenticated=2)
+    elsewhere = (
         STRANGER,
         Endpoint6("TCP", "2001:db8::1", 1),
+        Endpoint6("TCP", "2001:db9::1", 1),
+    )
+    here = (
         Endpoint6("TCP", "::1", 1),
         Endpoint4("TCP", "127.0.0.1", 1),
         UNIXAddress("/a socket"),
     )
-    clients = [server.connect(address) for address in everywhere]
-    assert [client.told for client in clients] == [[]] * 3 + [REFUSED] * 2
+    for everybody in (elsewhere, here):
+        clients = [server.connect(address) for address in everybody]
+        assert [client.told for client in clients] == [[], [], REFUSED]
     clients[1].transport.drop()
-    assert server.connect(UNIXAddress(None)).told == []
     assert server.connect(STRANGER).told == REFUSED
-    assert server.places_taken == 3
+    assert server.connect(UNIXAddress(None)).told == []
+    assert server.places_taken == 4
 
 
 def test_an_ipv4_address_within_an_ipv6_one_is_an_ipv4_address() -> None:

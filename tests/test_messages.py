@@ -200,7 +200,6 @@ def test_startup_packets_are_laid_out_as_documented() -> None:
     assert [(each.name, each.value) for each in startup.parameters] == [
         ("user", "me"),
         ("a", ""),
-        ("", None),
     ]
 
 

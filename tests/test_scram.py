@@ -4,16 +4,22 @@ client can say wrong."""
 from __future__ import annotations
 
 import base64
+import hashlib
+import hmac
 import re
 import struct
 import traceback
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from scramp import ScramClient, ScramException  # type: ignore[import-untyped]
 
+from tests.guarded import WRONG_PASSWORD as REFUSED
+from tests.guarded import Files, come, over_tls, scram
 from tests.scram_conversations import (
     BARE,
     BINDING,
@@ -149,6 +155,45 @@ def test_only_the_operator_is_told_who_is_known() -> None:
     assert told["unknown"].log == told["unknown and right"].log == "There is no such user."
     exchange = authenticate("alice", VERIFIER, False, None, why_unknown="She has left.")
     assert converse(exchange, Client(), GOOD).log == "She has left."
+
+
+COSTLY = (
+    *((hashlib, "pbkdf2_hmac"), (hashlib, "sha256"), (hashlib, "shake_256")),
+    *((hmac, "digest"), (hmac, "compare_digest")),
+)
+"""What is called to make and to verify a proof."""
+
+
+def test_an_unknown_user_costs_what_a_known_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same is computed of as many bytes, one after the other, from who the user is to the
+    refusal; the names are as long as each other."""
+    calls: list[tuple[object, ...]] = []
+
+    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            calls.append((name, *(len(arg) if isinstance(arg, bytes) else arg for arg in args)))
+            return function(*args)
+
+        return call
+
+    files = Files(tmp_path)
+    stored = f"SCRAM-SHA-256$4096:{base64.b64encode(SALT).decode()}${'A' * 43}=:{'B' * 43}="
+    md5 = "md5" + "0" * 32
+    files.users(f'"alice" "{PASSWORD}"\n"clara" "{stored}"\n"david" "{md5}"\n"edgar" ""\n')
+    guard = files.guard()
+    for module, name in COSTLY:
+        monkeypatch.setattr(module, name, noted(name, getattr(module, name)))
+    costs = {}
+    for user in ("alice", "clara", "david", "edgar", "nobod"):
+        calls.clear()
+        said = come(guard, over_tls(), scram("wrong"), user=user)
+        assert said.outcome == REFUSED.format(user)
+        costs[user] = list(calls)
+    assert {name for name, *_ in costs["alice"]} == {name for _, name in COSTLY}
+    for user, cost in costs.items():
+        assert cost == costs["alice"], user
 
 
 def test_a_proof_is_of_no_use_twice() -> None:

@@ -184,7 +184,6 @@ TABLE: dict[str, dict[str, Outcome]] = {
         },
         **violations(),
         "PasswordMessage": (["GREETING"], "idle"),
-        "Terminate": (["EOF"], "closed"),
         "cancellation": ([], "authenticating"),
         "an hour goes by": (["EOF"], "closed"),
         "shutdown": (SHUTTING_DOWN, "closed"),
@@ -589,9 +588,10 @@ class Authentication(SynchronousTestCase):
     def test_nor_does_one_that_comes_too_soon(self) -> None:
         self.assertEqual(self.client.send(startup(), PASSWORD), ["R 3", "GREETING"])
 
-    def test_a_client_may_change_its_mind(self) -> None:
+    def test_nor_does_it_end_in_good_order(self) -> None:
         self.client.start_up()
-        self.assertEqual(self.client.send(TERMINATE), ["EOF"])
+        told = "FATAL 08P01: expected password response, got message type 88"
+        self.assertEqual(self.client.send(TERMINATE), [told, "EOF"])
 
 
 class Sequences(SynchronousTestCase):

@@ -217,7 +217,11 @@ def test_files_that_hold_something_else(files: Files, tmp_path: Path) -> None:
     ca = write(tmp_path / "ca.crt", OURS.pem)
     good_crl = OURS.crl()
     not_certificates = (b"", b"junk", OURS.server().key_pem, OURS.pem[:-100], as_pem(b"junk"))
-    not_lists = (b"", b"junk", OURS.pem, good_crl[:-100], good_crl + good_crl.replace(b"M", b"N"))
+    not_lists = (
+        *(b"", b"junk", OURS.pem, good_crl[:-100], good_crl.splitlines(True)[0] * 100_000),
+        *(good_crl + good_crl.replace(b"M", b"N"), good_crl + good_crl[:-100]),
+        good_crl[:-100] + good_crl,
+    )
     for contents in not_certificates:
         other = write(tmp_path / "other", contents)
         reason = f'file "{other}": it is to hold certificates in PEM format'

@@ -26,8 +26,10 @@ def problem(path: Path) -> str:
         load_keys(path)
     text = str(caught.value)
     assert text.isprintable()
-    assert text.startswith(f"{path}: ")
     assert caught.value.__cause__ is None
+    if text.startswith(cannot_open := f'could not open file "{path}": '):
+        return text.replace(cannot_open, "cannot open: ")
+    assert text.startswith(f"{path}: ")
     return text.removeprefix(f"{path}: ")
 
 
@@ -95,7 +97,8 @@ def test_what_is_no_public_key(tmp_path: Path) -> None:
         b"x" * 1000: "there is no PEM public key in it",
         middle: "there is no PEM public key in it",
         bytes(range(256)): "there is no PEM public key in it",
-        b"x" * (MAX_FILE_SIZE + 1): f"it has more than {MAX_FILE_SIZE} bytes: it holds no keys",
+        b"x" * (MAX_FILE_SIZE + 1): f"cannot open: it is larger than {MAX_FILE_SIZE} bytes",
+        (begin + b"\n") * (MAX_FILE_SIZE // len(begin + b"\n")): "a PEM block in it is damaged",
         good[:-10]: "a PEM block in it is damaged",
         good + begin: "a PEM block in it is damaged",
         good + begin[1:] + b"\n" + middle + b"\n" + end: "a PEM block in it is damaged",
@@ -112,9 +115,9 @@ def test_what_is_no_public_key(tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    assert problem(tmp_path / "none.pem") == "No such file or directory"
-    assert problem(tmp_path) == "Is a directory"
+    assert problem(tmp_path / "none.pem") == "cannot open: No such file or directory"
+    assert problem(tmp_path) == "cannot open: Is a directory"
     if os.geteuid() != 0:
         path = write_keys(tmp_path / "keys.pem", key())
         path.chmod(0)
-        assert problem(path) == "Permission denied"
+        assert problem(path) == "cannot open: Permission denied"

@@ -17,6 +17,7 @@ producer, bytes.  A module imports only from those above it in this list:
 - :mod:`walproto.access.saslprep`: passwords, made comparable
 - :mod:`walproto.access.scram_messages`: what is said in a SCRAM exchange
 - :mod:`walproto.access.scram`: SCRAM-SHA-256
+- :mod:`walproto.access.files`: files of the operator's, read without a risk
 - :mod:`walproto.access.userlist`: users and their secrets, in a file
 - :mod:`walproto.access.tokens`: JSON web tokens as passwords
 - :mod:`walproto.access.hba_tokens`: the lines of pg_hba.conf, taken apart

@@ -317,6 +317,12 @@ class Options(UsageOptions):
             except ValueError as error:
                 raise UsageError(f"--server-version: {error}") from None
         self["listen"] = self["listen"] or [DEFAULT_ENDPOINT]
+        for endpoint in self["listen"]:
+            if endpoint.startswith(("ssl:", "tls:")):
+                raise UsageError(
+                    f"--listen: {endpoint.split(':')[0]}: is not what PostgreSQL's clients speak: "
+                    "give --ssl-cert-file, and listen on tcp:"
+                )
 
     def _check_directory(self, name: str) -> None:
         directory = self[name]

@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import re
-import stat
-from pathlib import Path
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -20,6 +17,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from walproto.access.files import NotRegularError, PathLike, read_file
 from walproto.errors import printable
 
 CERTIFICATE = "server certificate"
@@ -33,15 +31,18 @@ PERMISSIONS = (
 )
 #: How much of a name in a certificate that nobody has verified is put in the log, in characters.
 NAME_LENGTH = 64
+#: Bytes of a file with certificates or a key at most.
+MAX_SIZE = 1 << 20
+#: The same of one with revocation lists, which grow over the years.
+MAX_LISTS_SIZE = 16 << 20
 
-PathLike = str | os.PathLike[str]
 Key = (
     rsa.RSAPrivateKey
     | ec.EllipticCurvePrivateKey
     | ed25519.Ed25519PrivateKey
     | ed448.Ed448PrivateKey
 )
-_CRL = re.compile(rb"-----BEGIN X509 CRL-----.*?-----END X509 CRL-----", re.DOTALL)
+_BEGIN_CRL, _END_CRL = b"-----BEGIN X509 CRL-----", b"-----END X509 CRL-----"
 
 
 class TlsError(ValueError):
@@ -58,7 +59,7 @@ def cannot_load(kind: str, path: PathLike, reason: str) -> TlsError:
 
 def read_certificates(kind: str, path: PathLike) -> list[x509.Certificate]:
     """The certificates in a file, at least one; raises TlsError."""
-    contents = _read(kind, path)
+    contents = _read(kind, path, MAX_SIZE)
     try:
         return x509.load_pem_x509_certificates(contents)
     except (ValueError, x509.InvalidVersion):
@@ -67,9 +68,12 @@ def read_certificates(kind: str, path: PathLike) -> list[x509.Certificate]:
 
 def read_revocation_lists(path: PathLike) -> list[x509.CertificateRevocationList]:
     """The revocation lists in a file, at least one; raises TlsError."""
-    contents = _read(REVOCATION_LISTS, path)
+    contents = _read(REVOCATION_LISTS, path, MAX_LISTS_SIZE)
     try:
-        crls = [x509.load_pem_x509_crl(crl) for crl in _CRL.findall(contents)]
+        crls = [
+            x509.load_pem_x509_crl(_BEGIN_CRL + b"".join(block.partition(_END_CRL)[:2]))
+            for block in contents.split(_BEGIN_CRL)[1:]
+        ]
     except ValueError:
         crls = []
     if not crls:
@@ -98,32 +102,27 @@ def read_key(path: PathLike) -> Key:
     return key
 
 
-def _read(kind: str, path: PathLike) -> bytes:
+def _read(kind: str, path: PathLike, limit: int) -> bytes:
     try:
-        return Path(path).read_bytes()
+        return read_file(path, limit)[0]
     except OSError as error:
         raise cannot_load(kind, path, error.strerror or str(error)) from None
 
 
 def _read_private(path: PathLike) -> bytes:
     try:
-        # If it is not a file, opening it must not wait for another process either.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        try:
-            check_permissions(path, os.fstat(descriptor))
-            with open(descriptor, "rb", closefd=False) as file:
-                return file.read()
-        finally:
-            os.close(descriptor)
+        contents, status = read_file(path, MAX_SIZE)
+    except NotRegularError:
+        raise TlsError(f'private key file "{path}" is not a regular file') from None
     except OSError as error:
         raise TlsError(f'could not access private key file "{path}": {error.strerror}') from None
+    check_permissions(path, status)
+    return contents
 
 
 def check_permissions(path: PathLike, status: os.stat_result) -> None:
     """PostgreSQL's ``check_ssl_key_file_permissions()``; but root, as whom PostgreSQL never runs,
     may use a key of its own that a group can read, as it may in libpq."""
-    if not stat.S_ISREG(status.st_mode):
-        raise TlsError(f'private key file "{path}" is not a regular file')
     if status.st_uid not in (os.geteuid(), 0):
         raise TlsError(f'private key file "{path}" must be owned by the database user or root')
     if status.st_mode & (0o037 if status.st_uid == 0 else 0o077):

@@ -18,8 +18,9 @@ _INTERFACE_BITS = 64
 
 
 class Unauthenticated:
-    """Counts them.  ``total`` is the most there may be, ``per_address`` the most from one IPv4
-    address or one /64 network of IPv6 addresses; there is none for those on this machine."""
+    """Counts them.  ``total`` is the most there may be from elsewhere, and the most that may be of
+    this machine: nobody elsewhere keeps those out.  ``per_address`` is the most from one IPv4
+    address or one /64 network of IPv6 addresses."""
 
     def __init__(self, total: int, per_address: int) -> None:
         self._total = total
@@ -32,9 +33,13 @@ class Unauthenticated:
     def enter(self, address: Address) -> bool:
         """One more from ``address``; whether there was a place for it."""
         network = _network(address)
-        if len(self) >= self._total:
-            return False
-        if network is not None and self._networks[network] >= self._per_address:
+        near = self._networks[None]
+        if network is None:
+            is_full = near >= self._total
+        else:
+            is_full = len(self) - near >= self._total
+            is_full |= self._networks[network] >= self._per_address
+        if is_full:
             return False
         self._networks[network] += 1
         return True

@@ -12,14 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from walproto.access.files import PathLike, read_file
 from walproto.access.hba import Rule, Rules
 from walproto.access.hba_file import MAX_SIZE, HbaError, parse_hba
 from walproto.access.userlist import UserlistError, Users, load_users
 
 if TYPE_CHECKING:
     from walproto.access.tokens import Keys
-
-PathLike = str | os.PathLike[str]
 
 _NEAR = """
 local all,replication all trust
@@ -126,6 +125,8 @@ class PolicyFiles:
     def _warnings(self, rules: Rules, users: Users | None) -> Iterator[str]:
         """What may not be as it was meant."""
         for rule in rules.rules:
+            if rule.method == "reject":
+                continue
             if "replication" not in rule.databases.keywords:
                 yield (
                     f"{rule.source}: nobody is served by this rule: only the database replication "
@@ -155,12 +156,11 @@ def _of(option: str, path: PathLike | None, problem: str) -> str:
     return problem if is_clear else f"{option}: {problem}"
 
 
-def _load_hba(path: str | os.PathLike[str]) -> Rules:
+def _load_hba(path: PathLike) -> Rules:
     """The rules in a file.  Raises HbaError."""
     name = os.fspath(path)
     try:
-        with open(name, "rb") as file:
-            content = file.read(MAX_SIZE + 1)
+        content, _ = read_file(name, MAX_SIZE)
     except OSError as error:
         raise HbaError([f'could not open file "{name}": {error.strerror}']) from None
     return parse_hba(content.decode("utf-8", "surrogateescape"), name)

@@ -21,7 +21,6 @@ from walproto.access.certificates import (
     AUTHORITIES,
     CERTIFICATE,
     REVOCATION_LISTS,
-    PathLike,
     TlsError,
     cannot_load,
     common_name,
@@ -33,6 +32,7 @@ from walproto.access.certificates import (
     trouble_with_certificate,
     trouble_with_revocation_list,
 )
+from walproto.access.files import PathLike
 from walproto.access.peer import Tls
 from walproto.wire.startup import ALPN
 

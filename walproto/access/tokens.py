@@ -31,6 +31,7 @@ from jwt import PyJWS
 from jwt.exceptions import PyJWTError
 from jwt.utils import base64url_decode
 
+from walproto.access.files import PathLike, read_file
 from walproto.access.grant import Scope
 
 MAX_SIZE = 8192
@@ -46,7 +47,7 @@ LAST_TIME = 253_402_300_799
 """The end of the year 9999, in seconds since 1970: a later time is one in milliseconds."""
 
 _TOKEN = re.compile(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)\.[A-Za-z0-9_-]+")
-_PEM = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----\r?\n.*?-----END \1-----", re.DOTALL)
+_PEM = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----\r?\n[^-]*+-----END \1-----")
 _ID = re.compile("[0-9A-Fa-f]{32}")
 
 _Key = Ed25519PublicKey | RSAPublicKey | EllipticCurvePublicKey
@@ -101,7 +102,7 @@ class Keys:
         raise InvalidToken(f"none of our {algorithm} keys has signed it")
 
 
-def load_keys(path: str | os.PathLike[str]) -> Keys:
+def load_keys(path: PathLike) -> Keys:
     """The public keys in a PEM file, one or more, as ``openssl pkey -pubout`` writes them.
 
     They are Ed25519 keys (for EdDSA), RSA keys of at least MIN_RSA_BITS (RS256) and P-256 keys
@@ -110,12 +111,9 @@ def load_keys(path: str | os.PathLike[str]) -> Keys:
     """
     name = os.fspath(path)
     try:
-        with open(path, "rb") as file:
-            contents = file.read(MAX_FILE_SIZE + 1)
+        contents, _ = read_file(path, MAX_FILE_SIZE)
     except OSError as error:
-        raise KeysError(f"{name}: {error.strerror}") from None
-    if len(contents) > MAX_FILE_SIZE:
-        raise KeysError(f"{name}: it has more than {MAX_FILE_SIZE} bytes: it holds no keys")
+        raise KeysError(f'could not open file "{name}": {error.strerror}') from None
     if b"PRIVATE KEY" in contents:
         raise KeysError(
             f"{name}: there is a private key in it, which belongs to who signs the tokens: "

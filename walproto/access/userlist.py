@@ -23,9 +23,13 @@ import stat
 from collections import Counter
 from dataclasses import dataclass, field
 
+from walproto.access.files import PathLike, read_file
 from walproto.access.scram import ITERATIONS, SALT_LENGTH, Verifier
 from walproto.access.scram_messages import KEY_LENGTH, SCHEME
 from walproto.errors import printable
+
+MAX_SIZE = 16 << 20
+"""Bytes of a file at most."""
 
 _QUOTED = r'"((?:[^"]|"")*+)"'
 _LINE = re.compile(rf"{_QUOTED}[ \t\v\f\r]+{_QUOTED}(?:[ \t\v\f\r].*)?", re.DOTALL)
@@ -106,18 +110,14 @@ class Users:
         return _Hashed(digest, Verifier.of(password, self._salt(user, SALT_LENGTH)))
 
 
-def load_users(
-    path: str | os.PathLike[str], before: Users | None = None, server_secret: bytes = b""
-) -> Users:
+def load_users(path: PathLike, before: Users | None = None, server_secret: bytes = b"") -> Users:
     """The users in a file; it is warned of if others can read it.  Raises UserlistError.
 
     See :func:`parse_users` for ``before`` and ``server_secret``.
     """
     name = os.fspath(path)
     try:
-        with open(name, "rb") as file:
-            status = os.fstat(file.fileno())
-            contents = file.read()
+        contents, status = read_file(name, MAX_SIZE)
     except OSError as error:
         raise UserlistError(f'could not open file "{name}": {error.strerror}') from None
     users = parse_users(
@@ -211,5 +211,4 @@ def _lines(numbers: list[int]) -> str:
 def _is_exposed(status: os.stat_result) -> bool:
     """PostgreSQL's rule for private keys (``check_ssl_key_file_permissions``)."""
     allowed = 0o640 if status.st_uid == 0 else 0o600
-    # There is nothing to say of a pipe.
-    return stat.S_ISREG(status.st_mode) and bool(stat.S_IMODE(status.st_mode) & 0o077 & ~allowed)
+    return bool(stat.S_IMODE(status.st_mode) & 0o077 & ~allowed)

@@ -23,7 +23,8 @@ from walproto.timeline.slots import Slots
 TOO_MANY = TooManyConnections(
     "sorry, too many clients already",
     fatal=True,
-    log="too many have not authenticated yet: --max-unauthenticated",
+    log="too many have not authenticated yet: see --max-unauthenticated, and "
+    "--max-unauthenticated-per-address",
 )
 
 

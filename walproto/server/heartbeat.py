@@ -55,11 +55,14 @@ class Heartbeat:
             self._asked = True
             self._ask()
 
-    def _ring(self) -> None:
+    def _ring(self, is_last: bool = False) -> None:
         self._timer = None
         silence = self._clock.seconds() - self._heard
         if silence >= self._timeout:
-            self._give_up()
+            if is_last:
+                self._give_up()
+            else:  # it may be we who were busy: what has come in meanwhile is read first
+                self._timer = self._clock.callLater(0, self._ring, True)
             return
         if silence >= self._timeout / 2:
             self.ask()

@@ -297,13 +297,14 @@ class WalSenderProtocol(Protocol):
         if isinstance(error, (CannotConnectNow, StreamingEnded)):
             log = self._log.info
         tls = None if self._is_admitted else self.peer.tls
+        more = [text for text in (error.detail, error.log) if text]
         self._tell(
             log,
             "{peer}: {severity} {sqlstate}: {text}{more}{encryption}",
             severity=error.severity,
             sqlstate=error.sqlstate,
             text=printable(error.message),
-            more=f" ({printable(error.log)})" if error.log else "",
+            more=f" ({printable('; '.join(more))})" if more else "",
             encryption="" if tls is None else f" {tls}",
         )
 

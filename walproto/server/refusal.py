@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from twisted.internet.interfaces import ISSLTransport
 from twisted.internet.protocol import Protocol
 from twisted.logger import Logger
 
@@ -32,4 +33,7 @@ class Refusal(Protocol):
             log=error.log,
         )
         self.transport.write(error_response(error))
-        self.transport.loseConnection()
+        if ISSLTransport.providedBy(self.transport):
+            self.transport.abortConnection()  # it would wait for a handshake first
+        else:
+            self.transport.loseConnection()

@@ -180,9 +180,8 @@ starting.upon(E.startup_received).to(authenticating)(do.begin_authentication)
 
 authenticating.upon(E.password).loop()(do.go_on_with_authentication)
 authenticating.upon(E.authenticated).to(opening)(do.open_service)
-authenticating.upon(E.terminate).to(closed)(do.close)
 for _message in (
-    *(E.query, E.sync, E.flush, E.copy_data, E.copy_done, E.copy_fail),
+    *(E.query, E.sync, E.flush, E.copy_data, E.copy_done, E.copy_fail, E.terminate),
     *(E.extended_query, E.function_call),
 ):
     authenticating.upon(_message).loop()(do.refuse_unauthenticated)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from twisted.internet import tcp
 from twisted.internet.address import UNIXAddress
 from twisted.internet.interfaces import ISSLTransport
+from twisted.protocols.haproxy._wrapper import HAProxyProtocolWrapper
 from twisted.protocols.policies import ProtocolWrapper
 from twisted.python.failure import Failure
 
@@ -48,7 +49,7 @@ def peer_of(transport: Any) -> Peer:
     Behind a proxy that tells whose connection it carries (an ``haproxy:`` endpoint), this is known
     when its first bytes have come.  Who it says is on this machine is so only if the proxy is: one
     elsewhere means its own machine, or is a stranger who lies.  Such a client has no address, nor
-    has one of whom a proxy on this machine does not say who it is.
+    has one of whom a proxy does not say who it is.
     """
     address, is_near = transport.getPeer(), _is_near(transport)
     if isinstance(address, UNIXAddress):
@@ -57,7 +58,7 @@ def peer_of(transport: Any) -> Peer:
     if ip is None:
         return Peer(str(address))
     name = f"{ip}:{address.port}" if ip.version == 4 else f"[{ip}]:{address.port}"
-    if ip.is_loopback and not is_near:
+    if (ip.is_loopback and not is_near) or _is_unnamed(transport):
         return Peer(name)
     return Peer(name, ip, is_near=ip.is_loopback)
 
@@ -81,6 +82,12 @@ def bare_socket(transport: Any) -> socket.socket | None:
         return None
     handle: socket.socket = transport.getHandle()
     return handle
+
+
+def _is_unnamed(transport: Any) -> bool:
+    """Whether a proxy brings a client, and does not say whom: the address is its own."""
+    is_proxied = isinstance(transport, HAProxyProtocolWrapper)
+    return is_proxied and transport.getPeer() == transport.transport.getPeer()
 
 
 def _is_near(transport: Any) -> bool:

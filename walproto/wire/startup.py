@@ -117,7 +117,7 @@ def _parse_startup_message(packet: bytes, newest_version: int) -> Startup:
     known = {"user": "", "database": "", "options": "", "replication": "false"}
     parameters: list[tuple[str, str]] = []
     unrecognized: list[str] = []
-    for parameter in message.parameters[:-1]:
+    for parameter in message.parameters:
         if parameter.name.startswith("_pq_."):
             unrecognized.append(parameter.name)
         elif parameter.name in known:
