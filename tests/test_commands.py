@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from walproto.errors import CommandSyntaxError
 from walproto.wire.commands import (
+    MAX_TOKENS,
     AlterReplicationSlot,
     BaseBackup,
     Command,
@@ -408,6 +409,20 @@ WORDS = st.sampled_from(
         *("a", "1", "0", "0/0", "F/F"),
     ]
 )
+
+
+def test_a_command_is_not_longer_than_any_that_is_of_use() -> None:
+    """Nobody else waits until a list of some ten thousand options has been read."""
+    for begin, each, tokens, end in (
+        ("START_REPLICATION SLOT s LOGICAL 0/0 (", "a,", 2, "a)"),
+        ("SHOW a", ".a", 2, ""),
+        ("BASE_BACKUP (", "a 1,", 3, "a)"),
+    ):
+        assert not isinstance(
+            parse_command(begin + each * (MAX_TOKENS // tokens - 10) + end, 18), Sql
+        )
+        text = begin + each * (MAX_TOKENS // tokens) + end
+        assert error_in(text, 18) == f"replication command has more than {MAX_TOKENS} tokens"
 
 
 @given(

@@ -363,7 +363,7 @@ def test_what_is_told_is_bounded() -> None:
         f'hba:{MAX_PROBLEMS}: invalid connection type "x"',
         f"hba:{MAX_PROBLEMS}: too many problems; the rest was not looked at",
     )
-    assert len(problem("x" * MAX_TOKEN)) == MAX_PROBLEM
+    assert len(problem("x" * MAX_TOKEN)) == MAX_PROBLEM + len("...")
 
 
 def test_what_is_read_is_bounded() -> None:

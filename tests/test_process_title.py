@@ -17,6 +17,8 @@ from twisted.logger import capturedLogs, formatEvent
 
 from tests.askers import CLEARTEXT, Asker
 from tests.postgres import HOST, PROJECT, Process, free_port
+from walproto.options import Options
+from walproto.tap import makeService
 from walproto.upstream.process_title import hide_in_process_title
 
 SECRET = "correct horse"
@@ -124,6 +126,50 @@ def test_what_is_printed_when_it_does_not_start(tmp_path: Path) -> None:
         if status:
             assert done.stderr.startswith("twist walsender: --upstream: ")
             assert done.stderr.count("\n") == 1
+
+
+def start(words: list[str]) -> None:
+    """As far as it goes without a reactor."""
+    options = Options()
+    options.parseOptions(words)
+    makeService(options)
+
+
+@pytest.mark.parametrize("conninfo", ["host=h password=horse", "postgresql://u:horse@h/d"])
+@pytest.mark.parametrize(
+    ("option", "needs"),
+    [
+        ("--wal-dir", []),
+        ("--data-dir", []),
+        ("--upstream-slot", ["--upstream", "host=h"]),
+        ("--upstream-start", ["--upstream", "host=h"]),
+        ("--wal-receiver-timeout", []),
+        ("--wal-keep-size", ["--upstream", "host=h"]),
+        ("--advertise", ["--data-dir", "."]),
+        ("--server-version", []),
+        ("--wal-sender-timeout", []),
+        ("--max-wal-senders", []),
+        ("--ssl-cert-file", ["--ssl-key-file", "/none"]),
+        ("--hba-file", []),
+        ("--auth-file", []),
+        ("--listen", []),
+        ("--listen", ["--listen", "tcp:port"]),
+    ],
+)
+def test_one_that_belongs_to_another_option(
+    tmp_path: Path, option: str, needs: list[str], conninfo: str
+) -> None:
+    """It is said what is wrong with it, in a line without the password."""
+    words = [option, conninfo, *needs]
+    if not {"--wal-dir", "--data-dir"} & set(words):
+        words += ["--wal-dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as told:
+        start(words)
+    text = str(told.value)
+    assert text.startswith("twist walsender: ")
+    assert "\n" not in text
+    assert conninfo.split("horse")[0] + "***" in text
+    assert "horse" not in text
 
 
 def test_without_setproctitle() -> None:

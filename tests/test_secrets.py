@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from psycopg.conninfo import conninfo_to_dict
 
-from walproto.errors import printable
+from walproto.errors import MAX_SHOWN, printable
 from walproto.neon.ids import requested_ids
 from walproto.secrets import blanked, censored, masked, secrets_in
 from walproto.wire.startup import Startup
@@ -171,6 +171,57 @@ def test_any_text_at_all(text: str) -> None:
     assert censored(censored(text)) == censored(text)
 
 
+# --- Long texts -------------------------------------------------------------------------------
+
+REPEATED = {
+    *("pass", "pass ", "pass%3", "password", "_key.", "a", "a=", "a= 'x\\' ", "'", "\\", " ", "="),
+    *(
+        "pass" + " " * 1000,
+        "postgres://",
+        "postgres://u:",
+        "://",
+        "://a:b",
+        ":",
+        "@",
+        "/",
+        "?",
+        "&",
+    ),
+    *("a&", "a?", "%3d", "\\'"),
+}
+
+
+@pytest.mark.parametrize("part", sorted(REPEATED))
+def test_a_long_text_takes_no_longer_than_it_is(part: str) -> None:
+    """Whatever it is made of.  If the time grew with its square, it would take many minutes."""
+    text = part * (400_000 // len(part))
+    for begin in ("", "password=x ", "options='", "postgres://h?"):
+        assert len(blanked(begin + text)) <= len(begin + text) + 3
+        assert len(secrets_in(begin + text)) <= len(text)
+    assert censored(censored(text)) == censored(text)
+    assert masked(text + "x", {"x", part, "'x", "a" * 1000 + "b"}).endswith("***")
+    assert len(printable(text)) <= MAX_SHOWN + len("...")
+
+
+@pytest.mark.parametrize("secret", ["password={}", "postgres://u:{}@h", "postgres://u@h?secret={}"])
+def test_a_long_text_is_cut_and_no_piece_of_a_secret_is_seen(secret: str) -> None:
+    text = "abc " + secret.format("\N{SNOWMAN}" * 20) + " def"
+    whole = censored(text)
+    for limit in range(len(text)):
+        shown = printable(text, limit)
+        assert shown.endswith("...")
+        assert len(shown) <= limit + len("...")
+        assert "\N{SNOWMAN}" not in shown
+        assert r"\u" not in shown
+        assert shown.split("***")[0].removesuffix("...") in whole
+    assert printable(text, len(text)) == whole
+
+
+def test_what_is_escaped_is_cut_too() -> None:
+    assert printable("\U000e0001" * 900) == r"\U000e0001" * 100 + "..."
+    assert printable("x" * MAX_SHOWN) == "x" * MAX_SHOWN
+
+
 # --- Other texts -----------------------------------------------------------------------------
 
 
@@ -182,6 +233,7 @@ def test_what_a_client_has_said_may_be_logged() -> None:
         "invalid value: \"host=h password='secret words'\"": 'invalid value: "host=h password=***',
         "x postgresql://u:secret@h y": "x postgresql://u:***@h y",
         "pageserver_connstr%3Dpassword%3Dsecret": "pageserver_connstr%3Dpassword%3D***",
+        "password%3Dc2VjcmV0%3D%3D": "password%3D***",
         "a\nb\x1b[2J": r"a\nb\x1b[2J",
         'password authentication failed for user "x"': "password authentication failed for user "
         '"x"',
@@ -193,6 +245,10 @@ def test_what_a_client_has_said_may_be_logged() -> None:
 def test_a_text_in_which_a_secret_is_repeated() -> None:
     assert masked("it is a b, or 'a\\ b', or a\\\\\\ b", {"a b"}) == "it is ***, or '***', or ***"
     assert masked("abc", {"b", "bc"}) == "a***"
+    assert masked("abcd", {"abc", "cd"}) == "***"
+    assert masked("abab", {"ab"}) == "******"
+    assert masked("a*b", {"*", "b"}) == "a******"
+    assert masked(r"a\\b\a", {"\\"}) == "a***b***a"
     assert masked("a.c", {"."}) == "a***c"
     assert masked("abc", set()) == "abc"
 

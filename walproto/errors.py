@@ -14,6 +14,9 @@ from typing import ClassVar
 
 from walproto.secrets import censored
 
+MAX_SHOWN = 1000
+"""Characters of one text in a line of a log."""
+
 
 class ReportedError(Exception):
     """An error as an ErrorResponse carries it.
@@ -144,13 +147,18 @@ class DataCorrupted(ReportedError):
     sqlstate = "XX001"
 
 
-def printable(text: str) -> str:
+def printable(text: str, limit: int = MAX_SHOWN) -> str:
     """What a peer has said, or has had a part in, as it may stand in one line of a log: without a
-    password that it has put where none belongs."""
-    return "".join(
+    password that it has put where none belongs, and no more than ``limit`` characters of it, with
+    "..." behind them if there is more."""
+    is_cut = len(text) > limit
+    # What is cut off may be what tells a password in a URI: the "@" behind it.
+    shown = censored(text[:limit] + "@").removesuffix("@") if is_cut else censored(text)
+    escaped = "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in censored(text)
+        for character in shown
     )
+    return escaped[:limit] + "..." if is_cut or len(escaped) > limit else escaped
 
 
 class EndReason(Enum):

@@ -16,11 +16,17 @@ from twisted.python.usage import UsageError
 from walproto.errors import InvalidParameterValue
 from walproto.lsn import parse_lsn
 from walproto.neon.callback import parse_address
-from walproto.secrets import blanked
+from walproto.secrets import blanked, censored
 from walproto.server.configuration import parse_version
 from walproto.server.settings import parse_megabytes, parse_milliseconds
 
 DEFAULT_ENDPOINT = "tcp:5433:interface=127.0.0.1"
+
+
+def cannot_start(*problems: object) -> SystemExit:
+    """What ends the program, and says why, a line for each of the problems: without a password that
+    somebody has put where none belongs."""
+    return SystemExit("twist walsender: " + "\n".join(censored(str(each)) for each in problems))
 
 
 def _time(name: str, text: str) -> float:
@@ -281,7 +287,7 @@ class Options(UsageOptions):
         try:
             super().parseOptions(options)
         except UsageError as error:
-            raise SystemExit(f"twist walsender: {error}") from None
+            raise cannot_start(error) from None
 
     def parseArgs(self, *arguments: str) -> None:
         if arguments:

@@ -23,6 +23,7 @@ from twisted.python.failure import Failure
 
 from walproto.access.guard import Guard
 from walproto.errors import printable
+from walproto.options import cannot_start
 from walproto.server.factory import WalSenderFactory
 from walproto.server.service import IServices
 from walproto.server.transports import ServerTls, parse_address
@@ -107,12 +108,12 @@ class WalSenderService(Service):
         def refuse(reason: object) -> None:
             refusals.append(f"cannot listen on {description}: {reason}")
             if not at_once:
-                self._log.critical("{refusal}", refusal=refusals[-1])
+                self._log.critical("{refusal}", refusal=printable(refusals[-1]))
 
         endpoint.listen(self._factory).addCallbacks(listening, failed)
         at_once = False
         if refusals:
-            raise SystemExit(f"twist walsender: {refusals[-1]}")
+            raise cannot_start(refusals[-1])
 
     def stopService(self) -> Deferred[None]:
         super().stopService()

@@ -1,7 +1,9 @@
 """What may not be logged, and how it is kept out of a text that may.
 
 Passwords and other secrets come in connection strings, of libpq's two kinds: keywords and values,
-or a URI.  Operators write them, and clients, well or badly.
+or a URI.  Operators write them, and clients, well or badly; and clients that nobody knows yet may
+write what takes long.  So all that is done here takes time in proportion to the length of the text:
+a search begins only where a word does, and quantifiers are possessive (``*+``) or have but one way.
 
 PostgreSQL documentation: "libpq", chapter "Connection Strings" (``conninfo_parse`` and
 ``conninfo_uri_parse_options`` in ``fe-connect.c``).
@@ -20,8 +22,14 @@ BLANK = "***"
 # and what one may take for them.  Not passfile, sslkey and others that name a file.
 _SECRET = "pass(?!file)|pwd|secret|_key"
 _IS_SECRET = re.compile(_SECRET, re.IGNORECASE)
-_IN_TEXT = re.compile(rf"((?:{_SECRET})[\w.%-]*\s*(?:=|%3d)).*", re.IGNORECASE | re.DOTALL)
-_URI_IN_TEXT = re.compile(r"(postgres(?:ql)?://[^:@/\s]*:)\S*@", re.IGNORECASE)
+_IN_TEXT = re.compile(
+    rf"""(?<![\w.%-])  # the whole word with the name
+        ((?:(?!{_SECRET})[\w.%-])*+ (?:{_SECRET}) (?:(?!%3d)[\w.%-])*+ \s*+ (?:=|%3d))
+        .*""",
+    re.IGNORECASE | re.DOTALL | re.VERBOSE,
+)
+_USER_IN_URI = r"postgres(?:ql)?://[^:@/\s]*+:"
+_URI_IN_TEXT = re.compile(rf"(?<!\S)((?:(?!{_USER_IN_URI})\S)*+{_USER_IN_URI})\S*@", re.IGNORECASE)
 
 # Spaces are those of C, which are fewer than Python's.
 _SPACES = " \t\n\v\f\r"
@@ -29,22 +37,24 @@ _PAIR = re.compile(
     r"\s*(?P<keyword>[^=\s]+)\s*=\s*(?P<value>'(?:[^'\\]|\\.)*'|(?!')(?:[^\s\\]|\\.|\\$)*)",
     re.ASCII | re.DOTALL,
 )
+_BACKSLASHES = re.compile(r"\\+")
 _REST = re.compile(r"\s*", re.ASCII)
 _SECRET_REST = re.compile(rf"(?:{_SECRET})[\w.%-]*\s*=?\s*'?", re.ASCII | re.IGNORECASE)
 _URI = re.compile(r"postgres(?:ql)?://", re.IGNORECASE)
 _PASSWORD_IN_URI = re.compile(r"://[^:@/]*:([^@/]*)@")
 # Who has forgotten to escape a "@", "/" or "?" in a password, meant it up to a later "@".
 _MEANT_IN_URI = re.compile(r"://[^:@?]*:(?P<value>(?=[^@/]*@).*|[^?]*)@", re.DOTALL)
-_PARAMETER = re.compile(r"(?P<keyword>[^?&=]*)=(?P<value>[^&]*)")
+_PARAMETER = re.compile(r"(?<=[?&])(?P<keyword>[^?&=]*+)=(?P<value>[^&]*+)")
 
 
 def blanked(conninfo: str) -> str:
     """A connection string for the log: the secrets in it are blanked, whatever it looks like."""
-    made, position = "", 0
+    made: list[str] = []
+    position = 0
     for start, end, shown in _blanks(conninfo):
-        made += conninfo[position:start] + shown
+        made += [conninfo[position:start], shown]
         position = end
-    return made + conninfo[position:]
+    return "".join([*made, conninfo[position:]])
 
 
 def censored(text: str) -> str:
@@ -68,10 +78,27 @@ def secrets_in(conninfo: str) -> set[str]:
 def masked(text: str, secrets: Iterable[str]) -> str:
     """A text in which a server may repeat what it was told, for the log, without these secrets,
     however often they are escaped."""
-    for secret in sorted(secrets, key=len, reverse=True):
-        characters = map(re.escape, secret.replace("\\", ""))
-        text = re.sub(r"\\*".join(["", *characters]) or r"\\+", BLANK, text)
-    return text
+    # It is looked for in the text without backslashes, and masked with those in it and before it.
+    unescaped = text.replace("\\", "")
+    positions = [-1, *(at for at, character in enumerate(text) if character != "\\")]
+    spans = []
+    for secret in secrets:
+        wanted = secret.replace("\\", "")
+        if not wanted:
+            spans += [found.span() for found in _BACKSLASHES.finditer(text)]
+            continue
+        start = unescaped.find(wanted)
+        while start >= 0:
+            end = start + len(wanted)
+            spans.append((positions[start] + 1, positions[end] + 1))
+            start = unescaped.find(wanted, end)
+    made: list[str] = []
+    position = 0
+    for start, end in sorted(spans):
+        if start >= position:  # otherwise it overlaps what has been masked already
+            made += [text[position:start], BLANK]
+        position = max(position, end)
+    return "".join([*made, text[position:]])
 
 
 def _blanks(conninfo: str) -> Iterator[tuple[int, int, str]]:

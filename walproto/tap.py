@@ -22,7 +22,7 @@ from walproto.neon.callmemaybe import RECALL_PERIOD, Subscriptions
 from walproto.neon.data_directory import DataDirectory
 from walproto.neon.pageservers import Pageservers
 from walproto.neon.walsender import Safekeeper
-from walproto.options import Options
+from walproto.options import Options, cannot_start
 from walproto.running import Served, WalSenderService
 from walproto.server.factory import WalSenderFactory
 from walproto.server.transports import ServerTls
@@ -75,10 +75,10 @@ def _make_relay(options: Options, reactor: Any) -> WalRelay | None:
     except ImportError as error:
         problem = _missing(error)
     except SlotsError as error:
-        raise SystemExit(f"twist walsender: {error}") from None
+        raise cannot_start(error) from None
     except ValueError as error:
         problem = str(error)
-    raise SystemExit(f"twist walsender: --upstream: {problem}")
+    raise cannot_start(f"--upstream: {problem}")
 
 
 def _missing(error: ImportError, extra: str = "upstream") -> str:
@@ -96,7 +96,7 @@ def _make_safekeeper(options: Options, reactor: Any) -> Safekeeper | None:
         try:
             caller = Caller(reactor, *options["advertise"])
         except ImportError as error:
-            raise SystemExit(f"twist walsender: --advertise: {_missing(error)}") from None
+            raise cannot_start(f"--advertise: {_missing(error)}") from None
         period = options["recall-period"] or RECALL_PERIOD
         subscriptions = Subscriptions(reactor, caller, period)
     directory = DataDirectory(options["data-dir"], reactor)
@@ -112,7 +112,7 @@ def _make_tls(options: Options) -> ServerTls | None:
         from walproto.access.tls import ServerTls as OpenSslServerTls
         from walproto.access.tls import TlsError
     except ImportError as error:
-        raise SystemExit(f"twist walsender: --ssl-cert-file: {_missing(error, 'tls')}") from None
+        raise cannot_start(f"--ssl-cert-file: {_missing(error, 'tls')}") from None
     try:
         return OpenSslServerTls(
             options["ssl-cert-file"],
@@ -122,7 +122,7 @@ def _make_tls(options: Options) -> ServerTls | None:
             options["ssl-min-protocol-version"] or "TLSv1.3",
         )
     except TlsError as error:
-        raise SystemExit(f"twist walsender: {error}") from None
+        raise cannot_start(error) from None
 
 
 def _secret(options: Options) -> bytes:
@@ -145,9 +145,9 @@ def _make_guard(options: Options) -> Guard:
             secret=_secret(options),
         )
     except ImportError as error:
-        raise SystemExit(f"twist walsender: --jwt-public-key: {_missing(error, 'jwt')}") from None
+        raise cannot_start(f"--jwt-public-key: {_missing(error, 'jwt')}") from None
     except AccessError as error:
-        raise SystemExit(f"twist walsender: {error}") from None
+        raise cannot_start(*str(error).split("\n")) from None
 
 
 def _make_served(options: Options, reactor: Any) -> Served:
@@ -188,9 +188,7 @@ def makeService(options: Options) -> WalSenderService:
         try:
             endpoints.append((description, serverFromString(reactor, description)))
         except Exception as error:
-            raise SystemExit(
-                f'twist walsender: --listen: "{description}" is not an endpoint: {error}'
-            ) from None
+            raise cannot_start(f'--listen: "{description}" is not an endpoint: {error}') from None
     return WalSenderService(
         IReactorFromThreads(reactor),
         served,

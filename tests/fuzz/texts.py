@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from tests.fuzz import seeds
 from tests.fuzz.target import Target, check_told, raw, text
-from walproto.errors import ReportedError
+from walproto.errors import ReportedError, printable
 from walproto.lsn import (
     format_lsn,
     history_name,
@@ -17,6 +17,7 @@ from walproto.lsn import (
     segment_name,
 )
 from walproto.neon.ids import Request, parse_id, requested_ids
+from walproto.secrets import blanked, censored, masked, secrets_in
 from walproto.server.configuration import parse_version
 from walproto.server.settings import (
     Settings,
@@ -180,9 +181,50 @@ def _texts(*found: str) -> Callable[[], list[bytes]]:
     return lambda: [each.encode() for each in found]
 
 
+# --- Secrets -------------------------------------------------------------------------------------
+
+_HIDDEN = "\N{SNOWMAN}" * 3
+
+
+def check_secrets(data: bytes) -> None:
+    """Whatever is around it: a secret is not shown, nor a piece of it where a text is cut."""
+    limit, given = len(data[:1]) and data[0], text(data[1:]).replace(_HIDDEN[0], "")
+    assert censored(censored(given)) == censored(given)
+    assert len(blanked(given)) <= 4 * len(given) + 3
+    for secret in secrets_in(given):
+        assert masked(secret, {secret}) != secret or not secret.strip("\\*")
+    assert _HIDDEN[0] not in masked(f"{given}\N{SNOWMAN}\\{_HIDDEN[1:]}", {given, _HIDDEN})
+    for said in (f"{given} password={_HIDDEN} x", f"{given} postgresql://u:{_HIDDEN}@h x"):
+        assert _HIDDEN[0] not in censored(said)
+        shown = printable(said, limit)
+        assert shown.isprintable()
+        assert _HIDDEN[0] not in shown
+        assert len(shown) <= limit + len("...")
+
+
+_SECRET_WORDS = (
+    *(b"pass", b"password=", b"password", b"passfile", b"secret", b"pwd", b"_key", b"%3d", b"="),
+    *(b"postgres://", b"postgresql://u:", b"://", b"@", b"options='", b"\\'", b"'", b" "),
+)
+
+
+def _secret_seeds() -> list[bytes]:
+    found = [
+        "host=h password='a\\'b' user=u",
+        "options='-c a.password=b' secret = x",
+        "postgresql://u:p@h/d?sslpassword=q&user=u",
+        "invalid: postgres://u:p@h and pageserver_connstr%3Dpassword%3Dx",
+        "passpasspass",
+    ]
+    return [b"\x14" + each.encode() for each in found]
+
+
 TARGETS = (
+    Target("secrets", check_secrets, _secret_seeds, _SECRET_WORDS),
     Target("settings", check_settings, _settings_seeds, _SETTING_WORDS),
-    Target("ids", check_ids, _id_seeds, tuple(f"{name}=".encode() for name in _NAMES)),
+    Target(
+        "ids", check_ids, _id_seeds, (*(f"{name}=".encode() for name in _NAMES), *_SECRET_WORDS[:3])
+    ),
     Target(
         "names",
         check_names,

@@ -176,8 +176,7 @@ def common_name(certificate: x509.Certificate) -> str | None:
 
 def name_of(name: x509.Name) -> str:
     """A name that nobody may have verified, for the log."""
-    text = printable(name.rfc4514_string())
-    return text if len(text) <= NAME_LENGTH else text[:NAME_LENGTH] + "..."
+    return printable(name.rfc4514_string(), NAME_LENGTH)
 
 
 def _now() -> datetime.datetime:

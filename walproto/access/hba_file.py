@@ -56,7 +56,7 @@ def parse_hba(text: str, name: str) -> Rules:
             if fields := fields_of(line):
                 rules.append(_parse_rule(source, fields))
         except Malformed as error:
-            problems.append(f"{source}: {printable(str(error)[:MAX_PROBLEM])}")
+            problems.append(f"{source}: {printable(str(error), MAX_PROBLEM)}")
         if len(problems) == MAX_PROBLEMS:
             problems.append(f"{source}: too many problems; the rest was not looked at")
             break

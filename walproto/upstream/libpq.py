@@ -86,15 +86,20 @@ def settings_in(conninfo: str) -> dict[str, str]:
         raise ValueError("it is not in UTF-8") from None
     except PsycopgError as error:
         text = str(error).strip()
-        if blanked(conninfo) != conninfo or re.search("pass|(?s:://.*@)", conninfo):
+        if blanked(conninfo) != conninfo or _may_hide(conninfo):
             # What is wrong may be the password.
             text = re.sub('"="|(?s:".*")', lambda it: it[0] if it[0] == '"="' else '"..."', text)
         raise ValueError(text) from None
     if any("@" in host[1:] for host in given.get("host", "").split(",")):
         raise ValueError('there is a "@" in the name of a host: in a password it is written "%40"')
-    if not all(re.fullmatch(r"\s*\d*\s*", port) for port in given.get("port", "").split(",")):
+    if not all(re.fullmatch(r"\s*+\d*+\s*+", port) for port in given.get("port", "").split(",")):
         raise ValueError('a port is no number; if it is a password, a "/" there is written "%2F"')
     return given
+
+
+def _may_hide(conninfo: str) -> bool:
+    """Whether there may be a password in a connection string that nobody can read."""
+    return "pass" in conninfo or "@" in conninfo.partition("://")[2]
 
 
 _HOSTS = ("host", "hostaddr", "port")

@@ -121,6 +121,9 @@ Command = (
     | Sql
 )
 
+MAX_TOKENS = 1000
+"""Of one command, more than any that is of use has; PostgreSQL has no such limit."""
+
 _NAMEDATALEN = 64
 
 _SINCE = {"READ_REPLICATION_SLOT": 15, "ALTER_REPLICATION_SLOT": 17, "UPLOAD_MANIFEST": 17}
@@ -188,11 +191,15 @@ class _Parser:
         self.major = major
         self._token = next(token for since, token in _TOKEN_SINCE if major >= since)
         self._position = 0
+        self._left = MAX_TOKENS
         self.advance()
 
     def advance(self) -> str:
         """Go to the next token; the text of the one left behind."""
         left = getattr(self, "text", "")
+        if self._left == 0:
+            raise _syntax_error(f"replication command has more than {MAX_TOKENS} tokens")
+        self._left -= 1
         match = self._token.match(self._source, self._position)
         assert match is not None  # `char` and `END` match whatever the others do not
         assert match.lastgroup is not None
