@@ -3,7 +3,8 @@
 Passwords and other secrets come in connection strings, of libpq's two kinds: keywords and values,
 or a URI.  Operators write them, and clients, well or badly; and clients that nobody knows yet may
 write what takes long.  So all that is done here takes time in proportion to the length of the text:
-a search begins only where a word does, and quantifiers are possessive (``*+``) or have but one way.
+a search begins only where a word does, and quantifiers are possessive (``*+``, never of a group:
+Python before 3.11.5 has them wrong) or have but one way.
 
 PostgreSQL documentation: "libpq", chapter "Connection Strings" (``conninfo_parse`` and
 ``conninfo_uri_parse_options`` in ``fe-connect.c``).
@@ -24,12 +25,12 @@ _SECRET = "pass(?!file)|pwd|secret|_key"
 _IS_SECRET = re.compile(_SECRET, re.IGNORECASE)
 _IN_TEXT = re.compile(
     rf"""(?<![\w.%-])  # the whole word with the name
-        ((?:(?!{_SECRET})[\w.%-])*+ (?:{_SECRET}) (?:(?!%3d)[\w.%-])*+ \s*+ (?:=|%3d))
+        ((?:(?!{_SECRET})[\w.%-])* (?:{_SECRET}) (?:(?!%3d)[\w.%-])* \s*+ (?:=|%3d))
         .*""",
     re.IGNORECASE | re.DOTALL | re.VERBOSE,
 )
 _USER_IN_URI = r"postgres(?:ql)?://[^:@/\s]*+:"
-_URI_IN_TEXT = re.compile(rf"(?<!\S)((?:(?!{_USER_IN_URI})\S)*+{_USER_IN_URI})\S*@", re.IGNORECASE)
+_URI_IN_TEXT = re.compile(rf"(?<!\S)((?:(?!{_USER_IN_URI})\S)*{_USER_IN_URI})\S*@", re.IGNORECASE)
 
 # Spaces are those of C, which are fewer than Python's.
 _SPACES = " \t\n\v\f\r"

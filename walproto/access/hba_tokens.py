@@ -13,7 +13,7 @@ from dataclasses import dataclass
 MAX_TOKEN = 10_000
 
 _BETWEEN = re.compile(r"[ \t\r,]*+")
-_TOKEN = re.compile(r'(?:[^ \t\r,#"]++|"[^"]*+")++')
+_TOKEN = re.compile(r'(?:[^ \t\r,#"]++|"[^"]*+")+')
 
 
 class Malformed(ValueError):

@@ -31,7 +31,7 @@ from walproto.errors import printable
 MAX_SIZE = 16 << 20
 """Bytes of a file at most."""
 
-_QUOTED = r'"((?:[^"]|"")*+)"'
+_QUOTED = r'"((?:[^"]|"")*)"(?!")'
 _LINE = re.compile(rf"{_QUOTED}[ \t\v\f\r]+{_QUOTED}(?:[ \t\v\f\r].*)?", re.DOTALL)
 _MD5 = re.compile("md5[0-9a-f]{32}")
 _BLANKS = " \t\v\f\r"

@@ -286,7 +286,7 @@ def format_size(size: int | None) -> str:
 def split_options(options: str) -> list[str]:
     """Words between white space, a backslash and the character behind it taken as they are
     (``pg_split_opts``); they are still escaped."""
-    return re.findall(r"(?:\\.|[^\s\\]++)++", options, re.DOTALL)
+    return re.findall(r"(?:\\.|[^\s\\]++)+", options, re.DOTALL)
 
 
 def unescape_option(word: str) -> str:

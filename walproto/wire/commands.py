@@ -155,13 +155,13 @@ _KEYWORDS = (
     | {"SLOT", "LOGICAL", "PHYSICAL", "TIMELINE", "TEMPORARY", "WAIT"}
 )
 
-# Quantifiers are possessive (``*+``), for a long text is not to be tried in more than one way.
+# Quantifiers are possessive (``*+``) or cannot do otherwise: a long text is tried in one way only.
 _TOKEN = r"""[%s]*+(?:
         (?P<RECPTR>[0-9A-Fa-f]++/[0-9A-Fa-f]++)
       | (?P<UCONST>[0-9]++)
       | (?P<IDENT>[A-Za-z\x80-\U0010ffff_][A-Za-z\x80-\U0010ffff_0-9$]*+)
-      | "(?P<QUOTED>(?:[^"]|"")*+)"
-      | '(?P<SCONST>(?:[^']|'')*+)'
+      | "(?P<QUOTED>(?:[^"]|"")*)"(?!")
+      | '(?P<SCONST>(?:[^']|'')*)'(?!')
       | (?P<open>['"])
       | (?P<char>.)
       | (?P<END>\Z)
