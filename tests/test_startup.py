@@ -203,6 +203,14 @@ class Layout(Conversation):
         contents = name + b"x" * (10_004 - 8 - len(name) - 2) + b"\0\0"
         self.assertEqual(self.answer(startup_packet(VERSION_3_0, contents)), ["GREETING"])
 
+    def test_nobody_has_five_hundred_parameters(self) -> None:
+        too_many = ["FATAL 08P01: too many parameters in startup packet", "EOF"]
+        for count, answer in ((496, ["GREETING"]), (497, too_many), (3000, too_many)):
+            pairs = b"user\0postgres\0replication\0true\0"
+            repeated = b"application_name\0x\0" if count < 500 else b"a\0\0"
+            contents = pairs + repeated * count + b"\0"
+            self.assertEqual(self.answer(startup_packet(VERSION_3_0, contents)), answer)
+
     def test_a_client_may_leave_in_the_middle(self) -> None:
         for size in (0, 2, 20):
             client = self.client()

@@ -67,7 +67,7 @@ class Guard:
         rule = (policy.near if peer.is_near else policy.far).match(startup, peer)
         if rule is None:
             error = no_entry(startup, peer)
-            error.log = self._why_no_entry()
+            error.log = self._why_no_entry(peer)
             raise error
         if rule.method == "reject":
             raise rejected(startup, peer)
@@ -85,7 +85,9 @@ class Guard:
             raise _wrong_name(rule, startup, common_name)
         return Grant(rule.method, rule.source, tuple(scopes), last_message)
 
-    def _why_no_entry(self) -> str | None:
+    def _why_no_entry(self, peer: Peer) -> str | None:
+        if peer.address is None and not peer.is_local:
+            return "it has no address to go by: a proxy names none, or this machine's"
         if self._files.hba_file is not None:
             return None
         if self._policy.far.rules:

@@ -55,9 +55,9 @@ class Peer:
     @property
     def host(self) -> str:
         """As PostgreSQL's messages have it: the address without the port, or ``[local]``."""
-        return (
-            self.name.rpartition(":")[0] or self.name if self.address is None else str(self.address)
-        )
+        if self.address is not None:
+            return str(self.address)
+        return self.name.rpartition(":")[0].strip("[]") or self.name
 
     @property
     def encryption(self) -> str:

@@ -318,6 +318,9 @@ class WalSenderProtocol(Protocol):
         if self._is_lost:
             return  # and its transport is good for nothing any more
         self.transport.unregisterProducer()
+        if self._encryption.is_under_way:
+            self.transport.abortConnection()  # there is nobody yet who could be told anything
+            return
         self.transport.loseConnection()
         self._timer = self._clock.callLater(LINGER, self._lingered)
 

@@ -56,7 +56,7 @@ def peer_of(transport: Any) -> Peer:
         return Peer("[local]", is_local=is_near, is_near=is_near)
     ip = parse_address(getattr(address, "host", ""))
     if ip is None:
-        return Peer(str(address))
+        return Peer(f"{address.host}:{address.port}" if hasattr(address, "host") else str(address))
     name = f"{ip}:{address.port}" if ip.version == 4 else f"[{ip}]:{address.port}"
     if (ip.is_loopback and not is_near) or _is_unnamed(transport):
         return Peer(name)

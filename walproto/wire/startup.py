@@ -30,6 +30,10 @@ from walproto.wire.messages import (
 ALPN = b"postgresql"
 """The protocol's name for the negotiation of application protocols within TLS (RFC 7301)."""
 
+MAX_STRINGS = 1000
+"""In a startup packet, which has a dozen: names and values of parameters, which anybody may send.
+PostgreSQL takes as many as there is room for."""
+
 _TRUE = ["true", "yes", "on", "1"]
 _FALSE = ["false", "no", "off", "0"]
 
@@ -108,6 +112,8 @@ def _parse_startup_message(packet: bytes, newest_version: int) -> Startup:
     version = StartupCode.parse(packet).code
     if version >> 16 != 3:
         raise unsupported_version(version, newest_version)
+    if packet.count(b"\0") > MAX_STRINGS:
+        raise ProtocolViolation("too many parameters in startup packet", fatal=True)
     try:
         message = StartupMessage.parse(packet)
     except ConstructError:
