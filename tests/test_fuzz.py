@@ -23,7 +23,18 @@ from walproto.server.protocol import WalSenderProtocol
 from walproto.timeline.replicas import Replicas
 from walproto.wire.framing import Framing
 
-FOUND: dict[str, list[bytes]] = {}
+FOUND: dict[str, list[bytes]] = {
+    # A server says within one connection that its segments are of another size now.
+    "upstream": [
+        bytes.fromhex(
+            "000131010401007d7d7d7d7d7d7d7d7d013701000132010009302f3330303030303000000101"
+            "0101000431364d42000101020100103030300000000000000000000000000000000000000000"
+            "0000000000000000000000000000000000000000000000000000000000000000000000000000"
+            "0000000000000000000000000000000000000000000000000000000000303030303233686900"
+            "0d3109302f32ffffffff30302a3030300978"
+        )
+    ],
+}
 """Inputs that once failed, by target: they are tried wherever the tests run."""
 
 needs_atheris = pytest.mark.skipif(

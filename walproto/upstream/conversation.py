@@ -131,6 +131,8 @@ class Conversation:
             if not await self._stream(server, slot_lsn):
                 raise UpstreamError("replication terminated by the server, as at a shutdown")
             before, server = server, await self._know_server()
+            if not server.is_same_cluster(before):
+                raise UpstreamError("the server says that it is another one now")
             if server.history == before.history and not self._finished(server):
                 raise UpstreamError("the server has ended the stream and does not say why")
 

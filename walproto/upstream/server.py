@@ -28,6 +28,13 @@ class Server:
     history_contents: bytes
     segment_size: int
 
+    def is_same_cluster(self, other: Server) -> bool:
+        """Whether WAL of the one can go on with WAL of the other."""
+        return (self.system_identifier, self.segment_size) == (
+            other.system_identifier,
+            other.segment_size,
+        )
+
 
 class Commands:
     """The commands that are given over ``connection``; ``timeout`` is in seconds, 0 for none."""
