@@ -3,8 +3,8 @@
 One class for each SQLSTATE in use, named as PostgreSQL's ``errcodes.txt`` names its condition (and
 one for an end that is none of PostgreSQL's).
 Whoever finds something wrong raises one of these, with PostgreSQL's own words where it has some;
-:mod:`walproto.server.protocol` turns it into an ErrorResponse, there and nowhere else.  So an
-error of ours is never a traceback, and a traceback is always a defect.
+:func:`walproto.server.results.error_response` makes an ErrorResponse of it, and nothing else does.
+So an error of ours is never a traceback, and a traceback is always a defect.
 """
 
 from __future__ import annotations
