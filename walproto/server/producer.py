@@ -53,9 +53,8 @@ from walproto.wire.replication import (
     postgres_time,
 )
 
-PIECE_SIZE = 8 * PAGE_SIZE
-"""Bytes of WAL in a message, at most.  PostgreSQL has 16 pages (MAX_SEND_SIZE); with half of that
-buffer and socket stay in the processor's cache."""
+PIECE_SIZE = 16 * PAGE_SIZE
+"""Bytes of WAL in a message, at most; PostgreSQL's MAX_SEND_SIZE."""
 
 BURST = 16
 """Pieces that a client is sent before it is others' turn."""
