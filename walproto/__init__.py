@@ -30,6 +30,7 @@ producer, bytes.  A module imports only from those above it in this list:
 - :mod:`walproto.access.tls`: the server's side of TLS
 - :mod:`walproto.wal.pages`: WAL pages and records, declared
 - :mod:`walproto.wal.headers`: what a page must say of itself
+- :mod:`walproto.wal.plain`: many records, checked at once
 - :mod:`walproto.wal.scan`: walks records, finds the end of WAL
 - :mod:`walproto.wal.segments`: the files, read
 - :mod:`walproto.wal.incoming`: pages checked as they come in

@@ -11,6 +11,9 @@ only some pages have been written: all the same, a stop.  Whatever was read of a
 is not trusted later on: if the record then turns out wrong, it is read once more from its start;
 and so it is, unless it is long, as long as nothing follows what was read of it.
 
+Most of it is done page after page by :mod:`walproto.wal.plain`; where something is special, or
+wrong, it goes on step by step here.
+
 Two things look like the end of WAL and are not.  Behind an XLOG_SWITCH record the rest of the
 segment is zeros, without page headers, and the next record begins the next segment.  And a record
 whose end was lost in a crash is given up by the server, which marks the page where the lost part
@@ -33,9 +36,11 @@ from walproto.wal.pages import (
     SHORT_HEADER,
     XLOG_SWITCH,
     XLP_FIRST_IS_CONTRECORD,
+    XLP_LONG_HEADER,
     Identity,
     record_crc,
 )
+from walproto.wal.plain import pass_pages, walk_plain
 
 Read = Callable[[int, int], bytes]
 """(LSN, size in bytes) -> at most so much WAL from there, never beyond its segment; may be short
@@ -70,7 +75,10 @@ class Scanner:
         self._identity = identity
         self._history = history
         self._read = read
+        # The timeline in the header of the last page, and what else that began with, but for the
+        # flags that only some pages have.
         self._page_tli = 0
+        self._lead = 0
         self._position = start
         # The record that goes on in the next page: where it starts, whether that is before our
         # start, what was read of its header, its CRC so far, and the bytes still missing.  With
@@ -108,7 +116,7 @@ class Scanner:
         budget_end = self._position + budget
         while self._position < budget_end:
             base = self._position - self._position % PAGE_SIZE
-            window = memoryview(self._read(base, WINDOW))
+            window = self._read(base, WINDOW)
             try:
                 if len(window) < PAGE_SIZE:
                     offset = base % self._identity.segment_size
@@ -117,8 +125,7 @@ class Scanner:
                         f"LSN {format_lsn(base)}, offset {offset}: "
                         f"read {len(window)} of {PAGE_SIZE}"
                     )
-                for offset in range(0, len(window) - PAGE_SIZE + 1, PAGE_SIZE):
-                    self._walk_page(window[offset : offset + PAGE_SIZE], base + offset)
+                self._walk_window(window, base)
             except _Again:
                 continue
             except InvalidWal as stop:
@@ -129,29 +136,79 @@ class Scanner:
                 return False
         return True
 
-    def _walk_page(self, page: memoryview, address: int) -> None:
-        """Walk on to the end of this page, in which our position is."""
+    def _walk_window(self, window: bytes, base: int) -> None:
+        """Walk on to the end of these pages, in the first of which our position is."""
+        if len(window) % PAGE_SIZE:
+            window = window[: -(len(window) % PAGE_SIZE)]
+        view = memoryview(window)
+        end = base + len(window)
+        all_right = True
+        while self._position < end:
+            # If something is wrong, what it is will be found step by step.
+            all_right = all_right and self._walk_plain(window, base)
+            if self._position < end:
+                address = self._position - self._position % PAGE_SIZE
+                page = view[address - base : address - base + PAGE_SIZE]
+                self._position = address + self._take_step(page, address)
+
+    def _walk_plain(self, window: bytes, base: int) -> bool:
+        """Walk on over what is plain here; False if something is wrong, without a step then."""
+        lead = self._lead_in(base, base + len(window) - PAGE_SIZE)
+        if not lead or self._zeros_to or self._headless:
+            return True
+        begin = offset = self._position - base
+        if self._missing:
+            if len(self._header) == _RECORD_HEADER_SIZE:
+                offset, self._missing, self._crc = pass_pages(
+                    memoryview(window), offset, base, lead, self._missing, self._crc
+                )
+        elif self.last_record is not None:
+            walked = walk_plain(window, offset, base, self.last_record, lead)
+            if walked is None:
+                return False
+            offset, self.last_record = walked
+            if offset > begin:
+                self.end = base + offset
+        if offset > begin:
+            self._position = base + offset
+            self.last_page = base + (offset - 1) // PAGE_SIZE * PAGE_SIZE
+        return True
+
+    def _lead_in(self, first: int, last: int) -> int:
+        """What the pages between these two are to begin with, if they are as the one before; 0 if
+        that one was not yet, or they must not be."""
+        tli = self._history.page_tli(last)
+        if tli != self._history.page_tli(first):
+            return 0
+        return 0 if self._history.start_lsn and tli != self._page_tli else self._lead
+
+    def _take_step(self, page: memoryview, address: int) -> int:
+        """Walk into this page or, if our position is in it, over one record in it; the offset of
+        what comes next."""
         self.last_page = address
         offset = self._position - address
-        if offset == 0 and not self._zeros_to:
-            offset = self._enter_page(page, address)
-            if self._missing:
-                offset = self._continue_record(page, offset, address)
-        while offset < PAGE_SIZE and not self._zeros_to:
-            offset = self._walk_plain_records(page, offset, address)
-            if offset < PAGE_SIZE:
+        if not self._zeros_to:
+            if offset:
                 offset = self._walk_record(page, offset, address)
+            else:
+                offset = self._enter_page(page, address)
+                if self._missing:
+                    offset = self._continue_record(page, offset, address)
         if self._zeros_to and offset < PAGE_SIZE:
             self._walk_zeros(page, offset, address)
-        self._position = address + PAGE_SIZE
+            return PAGE_SIZE
+        return offset
 
     def _enter_page(self, page: memoryview, address: int) -> int:
         """Check a page's header, and that it goes on with our record; the offset behind it."""
         size = self._check_page(page, address)
         _, info, self._page_tli, _, rem_len = SHORT_HEADER.unpack_from(page)
         continues = info & XLP_FIRST_IS_CONTRECORD
+        overwrite = self._identity.wal_format.first_is_overwrite_contrecord
+        flags = info & ~(XLP_FIRST_IS_CONTRECORD | XLP_LONG_HEADER | overwrite)
+        self._lead = self._identity.wal_format.xlp_magic | flags << 16 | self._page_tli << 32
         if self._missing:
-            if info & self._identity.wal_format.first_is_overwrite_contrecord:
+            if info & overwrite:
                 self._missing, self._headless = 0, False
             elif not continues:
                 raise self._doubt(f"there is no contrecord flag at {format_lsn(address)}")
@@ -175,29 +232,6 @@ class Scanner:
                 f"out-of-sequence timeline ID {tli} (after {self._page_tli}) {self._where(address)}"
             )
         return size
-
-    def _walk_plain_records(self, page: memoryview, offset: int, address: int) -> int:
-        """Walk over the records that are whole in this page, right and nothing special, as nearly
-        all are; the offset of the first that is not.  What is to be said of that one,
-        :meth:`_walk_record` knows, which does the same at half the speed."""
-        last = self.last_record
-        begin = offset
-        while offset <= PAGE_SIZE - _RECORD_HEADER_SIZE:
-            length, _, prev, info, rmid, crc = RECORD_HEADER.unpack_from(page, offset)
-            end = offset + length
-            if (
-                length < _RECORD_HEADER_SIZE
-                or end > PAGE_SIZE
-                or prev != last
-                or (rmid == 0 and info & 0xF0 == XLOG_SWITCH)
-                or crc32c(page[offset : offset + 20], crc32c(page[offset + 24 : end])) != crc
-            ):
-                break
-            last = address + offset
-            offset = (end + 7) & ~7
-        if offset > begin:
-            self.last_record, self.end = last, address + offset
-        return offset
 
     def _walk_record(self, page: memoryview, offset: int, address: int) -> int:
         """Walk over the record at ``offset``; the offset of the next, PAGE_SIZE if there is none
