@@ -18,8 +18,9 @@ and first each wrong record must have the very link to the one before that it sh
 is looked at in each.
 
 What is wrong is not told here, nor is anything done with what is special: the first record of all,
-XLOG_SWITCH (which is but a header), a record that goes on behind the pages at hand, a page that
-begins a segment or has other flags than the one before.  :mod:`walproto.wal.scan` does that.
+XLOG_SWITCH (which is but a header), a record that goes on behind the pages at hand, or over two
+page ends with the first of them in its header, a page that begins a segment or has other flags than
+the one before.  :mod:`walproto.wal.scan` does that.
 """
 
 from __future__ import annotations

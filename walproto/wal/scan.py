@@ -154,11 +154,11 @@ class Scanner:
     def _walk_plain(self, window: bytes, base: int) -> bool:
         """Walk on over what is plain here; False if something is wrong, without a step then."""
         lead = self._lead_in(base, base + len(window) - PAGE_SIZE)
-        if not lead or self._zeros_to or self._headless:
+        if not lead or self._zeros_to:
             return True
         begin = offset = self._position - base
         if self._missing:
-            if len(self._header) == _RECORD_HEADER_SIZE:
+            if len(self._header) == _RECORD_HEADER_SIZE:  # of a headless one it is empty
                 offset, self._missing, self._crc = pass_pages(
                     memoryview(window), offset, base, lead, self._missing, self._crc
                 )
@@ -176,11 +176,11 @@ class Scanner:
 
     def _lead_in(self, first: int, last: int) -> int:
         """What the pages between these two are to begin with, if they are as the one before; 0 if
-        that one was not yet, or they must not be."""
-        tli = self._history.page_tli(last)
-        if tli != self._history.page_tli(first):
+        there was none yet, or they must not be."""
+        line = self._history
+        if line.start_lsn and {line.page_tli(first), line.page_tli(last)} != {self._page_tli}:
             return 0
-        return 0 if self._history.start_lsn and tli != self._page_tli else self._lead
+        return self._lead
 
     def _take_step(self, page: memoryview, address: int) -> int:
         """Walk into this page or, if our position is in it, over one record in it; the offset of
