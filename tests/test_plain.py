@@ -201,10 +201,10 @@ def test_a_flag_that_means_nothing_may_come_and_go() -> None:
 
 
 def test_a_record_over_two_pages_has_the_right_link() -> None:
-    for size in (300, 9000):
+    for before, size in ((96, 300), (96, 9000), (16, 300)):
         wal = WalBuilder()
         wal.records_to(wal.start + 3 * PAGE)
-        wal.fill_to(wal.start + 5 * PAGE - 96)
+        wal.fill_to(wal.start + 5 * PAGE - before)
         wal.prev = wal.records[-2].start
         wrong = wal.record(size)
         disk = Disk(wal)
@@ -219,8 +219,20 @@ def test_a_record_behind_a_switch_is_none() -> None:
     switch = wal.switch()
     record = make_record(switch.start, bytes(100), rmid=RM_HEAP, info=0, xid=1)
     disk = Disk(wal).put(switch.end, record)
-    assert disk.run().end == switch.end
-    assert disk.scanner.reason.startswith("no zeros behind the XLOG_SWITCH record")
+    for _ in range(2):
+        assert disk.run().end == switch.end
+        assert disk.scanner.reason.startswith("no zeros behind the XLOG_SWITCH record")
+
+
+def test_a_page_says_where_it_is_if_nothing_goes_on_in_it_too() -> None:
+    wal = WalBuilder()
+    for end in range(wal.start + PAGE, wal.start + 6 * PAGE, PAGE):
+        wal.record(1000)
+        wal.fill_to(end)
+    page = wal.start + 4 * PAGE
+    scanner = Disk(wal).put(page + 8, struct.pack("<Q", page - PAGE)).run()
+    assert scanner.end == page
+    assert scanner.reason.startswith("unexpected pageaddr")
 
 
 @pytest.mark.parametrize("switched_in", [5, WINDOW // PAGE - 1])
