@@ -51,12 +51,14 @@ producer, bytes.  A module imports only from those above it in this list:
 - :mod:`walproto.timeline.directory`: a timeline that lives in a directory
 - :mod:`walproto.timeline.retention`: which WAL is kept, and the removal of the rest
 - :mod:`walproto.server.settings`: configuration parameters
+- :mod:`walproto.server.lent_socket`: the sending half of a connection
 - :mod:`walproto.server.transports`: what a transport tells of its connection
 - :mod:`walproto.server.configuration`: how it is served
 - :mod:`walproto.server.results`: what answers are made of
 - :mod:`walproto.server.encryption`: TLS on a connection
 - :mod:`walproto.server.refusal`: no place for a connection
 - :mod:`walproto.server.producer`: sends WAL
+- :mod:`walproto.server.lending`: lets another process send it
 - :mod:`walproto.server.service`: what a connection is served, by which rules
 - :mod:`walproto.server.slot_commands`: what a session does with replication slots
 - :mod:`walproto.server.answers`: what commands are answered
@@ -67,6 +69,11 @@ producer, bytes.  A module imports only from those above it in this list:
 - :mod:`walproto.server.reader`: lets a client have its say
 - :mod:`walproto.server.protocol`: the connection
 - :mod:`walproto.server.factory`: all connections
+- :mod:`walproto.workers.control`: what the main process and a worker say to each other
+- :mod:`walproto.workers.view`: a timeline as a worker sees it
+- :mod:`walproto.workers.process`: a worker, which sends WAL
+- :mod:`walproto.workers.loans`: connections that are lent to workers
+- :mod:`walproto.workers.pool`: the workers that there are
 - :mod:`walproto.upstream.connection`: what is needed of a connection to a server
 - :mod:`walproto.upstream.libpq`: such a connection
 - :mod:`walproto.upstream.foreign`: one to a server that a client has named

@@ -86,6 +86,17 @@ def _authentication_timeout(name: str, text: str) -> float:
     return seconds
 
 
+def _workers(name: str, text: str) -> int:
+    """As :func:`_count`, but 64 at most."""
+    count = _count(name, text)
+    if count > 64:
+        raise InvalidParameterValue(
+            f'invalid value for parameter "{name}": "{text}"',
+            hint="It must be a number from 0 to 64.",
+        )
+    return count
+
+
 _VALUES: dict[str, Callable[[str, str], Any]] = {
     "wal-sender-timeout": _time,
     "wal-sender-shutdown-timeout": _time,
@@ -94,6 +105,7 @@ _VALUES: dict[str, Callable[[str, str], Any]] = {
     "max-slot-wal-keep-size": _bound,
     "max-wal-senders": _count,
     "max-replication-slots": _count,
+    "workers": _workers,
     "recall-period": _period,
     "authentication-timeout": _authentication_timeout,
     "max-unauthenticated": _positive,
@@ -181,6 +193,13 @@ class Options(UsageOptions):
             None,
             "10",
             "How many clients may be connected at the same time.",
+        ],
+        [
+            "workers",
+            None,
+            "0",
+            "Have so many other processes send WAL to clients without TLS, to use as many cores; "
+            "one for each core but one is enough.",
         ],
         [
             "server-version",

@@ -29,6 +29,7 @@ from walproto.server.service import IServices
 from walproto.server.transports import ServerTls, parse_address
 from walproto.timeline.interfaces import ITimeline
 from walproto.timeline.slots import Slots
+from walproto.workers.pool import Workers
 
 _CLOSED = (
     "nobody could connect from elsewhere: give --ssl-cert-file, --ssl-key-file and --auth-file (or "
@@ -53,6 +54,7 @@ class WalSenderService(Service):
 
     ``endpoints`` are pairs of an endpoint and its description.  ``guard`` and ``tls`` are the
     factory's; their files are read anew at SIGHUP.  ``shutdown_timeout`` is in seconds.
+    ``workers`` are the factory's.
     """
 
     _log = Logger()
@@ -66,6 +68,7 @@ class WalSenderService(Service):
         guard: Guard,
         tls: ServerTls | None,
         shutdown_timeout: float,
+        workers: Workers | None = None,
     ) -> None:
         self._reactor = reactor
         self._served = served
@@ -74,6 +77,7 @@ class WalSenderService(Service):
         self._guard = guard
         self._files: list[Guard | ServerTls] = [guard] if tls is None else [guard, tls]
         self._shutdown_timeout = shutdown_timeout
+        self._workers = workers
         self._ports: list[IListeningPort] = []
         self._is_ending = False
         self._hangup_before: Any = None
@@ -84,6 +88,8 @@ class WalSenderService(Service):
         self._tell_warnings()
         for description, endpoint in self._endpoints:
             self._listen(description, endpoint)
+        if self._workers is not None:
+            self._workers.start()
         self._served.start()
         self._reactor.callFromThread(self._take_signals)  # when it runs, and has handlers for them
 
@@ -174,6 +180,8 @@ class WalSenderService(Service):
                 count=len(self._factory.connections),
             )
         await self._factory.shut_down(self._shutdown_timeout)
+        if self._workers is not None:
+            await self._workers.stop()
         self._served.stop()
         signal.signal(signal.SIGHUP, self._hangup_before)
 

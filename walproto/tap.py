@@ -31,6 +31,7 @@ from walproto.timeline.slots import SlotOptions, SlotsError
 from walproto.upstream.process_title import hide_in_process_title
 from walproto.upstream.relay import WalRelay
 from walproto.wal.writer import SyncError
+from walproto.workers.pool import Workers
 
 
 def _end(error: Exception) -> None:
@@ -170,10 +171,12 @@ def makeService(options: Options) -> WalSenderService:
     served = _make_served(options, reactor)
     tls = _make_tls(options)
     guard = _make_guard(options)
+    workers = Workers(reactor, options["workers"]) if options["workers"] else None
     factory = WalSenderFactory(
         served.served,
         reactor,
         slots=served.slots,
+        workers=workers,
         authenticator=guard,
         tls=tls,
         authentication_timeout=options["authentication-timeout"],
@@ -197,4 +200,5 @@ def makeService(options: Options) -> WalSenderService:
         guard,
         tls,
         options["wal-sender-shutdown-timeout"],
+        workers,
     )

@@ -23,14 +23,14 @@ from walproto.neon.control_file import Control
 from walproto.neon.ids import TimelineIds
 from walproto.timeline.directory import WalDirectory
 from walproto.timeline.history import Ancestor, History
-from walproto.timeline.interfaces import ITimeline
+from walproto.timeline.interfaces import IFiledTimeline, ITimeline
 from walproto.timeline.replicas import Replicas
 from walproto.timeline.watch import DirectoryWatch, Inotify
 from walproto.wal.pages import Identity
 from walproto.wal.segments import OpenFiles, read_history
 
 
-@implementer(ITimeline)
+@implementer(IFiledTimeline)
 class SafekeeperTimeline:
     """The timeline ``ids``, whose WAL and control file are in ``directory``.
 

@@ -63,6 +63,11 @@ class Connection(Holder, Protocol):
 
     peer: Peer
 
+    @property
+    def is_held(self) -> bool:
+        """Whether what is written has to wait, because WAL is still being sent elsewhere: then no
+        message is dealt with."""
+
     def write(self, data: bytes) -> None:
         """Send ``data`` behind all that was sent before."""
 

@@ -13,6 +13,7 @@ from twisted.logger import Logger
 from walproto.access.limits import Unauthenticated
 from walproto.errors import TooManyConnections
 from walproto.server.configuration import Configuration
+from walproto.server.lending import Lender
 from walproto.server.protocol import WalSenderProtocol
 from walproto.server.refusal import Refusal
 from walproto.server.service import IServices, OneTimeline
@@ -32,8 +33,10 @@ class WalSenderFactory(Factory):
     """Makes a :class:`WalSenderProtocol` for every client that connects.
 
     Everybody is served the ``timeline``; or, if that is an :class:`IServices`, what it decides.
-    ``slots`` are the replication slots on the timeline, None if there can be none.  ``clock`` is
-    the reactor.  ``options`` are those of :class:`~walproto.server.configuration.Configuration`.
+    ``slots`` are the replication slots on the timeline, None if there can be none.  ``workers``
+    are other processes that send WAL (:mod:`walproto.workers.pool`), None if all is sent by this
+    one.  ``clock`` is the reactor.  ``options`` are those of
+    :class:`~walproto.server.configuration.Configuration`.
     """
 
     noisy = False
@@ -45,6 +48,7 @@ class WalSenderFactory(Factory):
         clock: IReactorTime,
         *,
         slots: Slots | None = None,
+        workers: Lender | None = None,
         **options: Any,
     ) -> None:
         self.services: IServices
@@ -54,6 +58,7 @@ class WalSenderFactory(Factory):
             self.services = OneTimeline(timeline, slots)
         self.configuration = Configuration(**options)
         self.clock = clock
+        self.workers = workers
         self.connections: dict[int, WalSenderProtocol] = {}
         self.senders: set[int] = set()
         """The process IDs of those that count as WAL senders."""

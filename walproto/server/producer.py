@@ -135,10 +135,12 @@ class WalProducer:
             return self._clock.seconds()
         return self._last_sent
 
-    def start(self) -> None:
-        """Become the transport's producer, say CopyBothResponse and begin."""
+    def start(self, *, in_copy_mode: bool = False) -> None:
+        """Become the transport's producer, say CopyBothResponse, unless the client has been told
+        that copying begins, and begin."""
         self._transport.registerProducer(self, True)  # type: ignore[attr-defined]
-        self._write(CopyBothResponse.build())
+        if not in_copy_mode:
+            self._write(CopyBothResponse.build())
         self._timeline.add_observer(self._go_on)
         self._schedule()
 

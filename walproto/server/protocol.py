@@ -11,6 +11,7 @@ import hmac
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import CancelledError, Deferred
@@ -40,6 +41,7 @@ from walproto.errors import (
 from walproto.lsn import format_lsn
 from walproto.server.encryption import Encryption
 from walproto.server.heartbeat import Heartbeat, Lull
+from walproto.server.lending import Outlet, Sending
 from walproto.server.producer import WalProducer
 from walproto.server.reader import Reader
 from walproto.server.service import Stream
@@ -86,8 +88,11 @@ class WalSenderProtocol(Protocol):
         self._stream: Stream
         self._replica: Replica | None = None
         self._reader: Reader
+        self._outlet = Outlet(
+            held=lambda: self._reader.pauseProducing(), free=lambda: self._reader.resumeProducing()
+        )
         self._awaited: Deferred[Any] | None = None
-        self._producer: WalProducer | None = None
+        self._producer: Sending | None = None
         self._heartbeat: Heartbeat | None = None
         self._lull: Lull | None = None
         self._timer: IDelayedCall | None = None
@@ -167,8 +172,12 @@ class WalSenderProtocol(Protocol):
 
     # --- Connection, for the session to call -----------------------------------------------
 
+    @property
+    def is_held(self) -> bool:
+        return self._outlet.is_held
+
     def write(self, data: bytes) -> None:
-        self.transport.write(data)
+        self._outlet.do(lambda: self.transport.write(data))
 
     def new_key(self, length: int) -> bytes:
         self._key = os.urandom(length)
@@ -231,9 +240,7 @@ class WalSenderProtocol(Protocol):
         self._heartbeat.start()
         self.transport.unregisterProducer()
         self._reader.release()
-        self._producer = producer = WalProducer(
-            self.transport, stream.timeline, replica, stream.piece, self._clock, self
-        )
+        self._producer = producer = self._sending(stream, replica)
         producer.start()
         if stream.patience is not None:
             self._lull = Lull(
@@ -259,7 +266,7 @@ class WalSenderProtocol(Protocol):
             self._producer.stopProducing()
         else:
             self._producer.stop()
-            self.transport.registerProducer(self._reader, True)
+            self._outlet.do(lambda: self.transport.registerProducer(self._reader, True))
         self._producer = None
 
     def finish_sending(self) -> None:
@@ -274,13 +281,7 @@ class WalSenderProtocol(Protocol):
             self._heartbeat = None
         if self._replica is not None:
             self._stream.timeline.replicas.remove(self._replica)
-            self._tell(
-                self._log.info,
-                "{replica} has ended streaming, sent up to {sent}, flushed there up to {flush}",
-                replica=self._replica,
-                sent=format_lsn(self._replica.sent_lsn),
-                flush=format_lsn(self._replica.flush_lsn),
-            )
+            self._outlet.do(partial(self._tell_end, self._replica))
             self._replica = None
             self._stream.end()
 
@@ -317,11 +318,11 @@ class WalSenderProtocol(Protocol):
         self._stop_timer()
         if self._is_lost:
             return  # and its transport is good for nothing any more
-        self.transport.unregisterProducer()
         if self._encryption.is_under_way:
+            self.transport.unregisterProducer()
             self.transport.abortConnection()  # there is nobody yet who could be told anything
             return
-        self.transport.loseConnection()
+        self._outlet.do(self._lose_connection)
         self._timer = self._clock.callLater(LINGER, self._lingered)
 
     # --- Listener, for the producer to call ------------------------------------------------
@@ -346,6 +347,29 @@ class WalSenderProtocol(Protocol):
             self._heartbeat.ask()
 
     # --- within ----------------------------------------------------------------------------
+
+    def _sending(self, stream: Stream, replica: Replica) -> Sending:
+        """What sends the replica its WAL: a worker, if there is one for it."""
+        workers, transport = self.factory.workers, self.transport
+        sending = None
+        if workers is not None:
+            sending = workers.lend(transport, self._outlet, stream.timeline, replica, self)
+        return sending or WalProducer(
+            transport, stream.timeline, replica, stream.piece, self._clock, self
+        )
+
+    def _tell_end(self, replica: Replica) -> None:
+        self._tell(
+            self._log.info,
+            "{replica} has ended streaming, sent up to {sent}, flushed there up to {flush}",
+            replica=replica,
+            sent=format_lsn(replica.sent_lsn),
+            flush=format_lsn(replica.flush_lsn),
+        )
+
+    def _lose_connection(self) -> None:
+        self.transport.unregisterProducer()
+        self.transport.loseConnection()
 
     def _tell_early_end(self, reason: Failure) -> None:
         """Tell the operator if the connection has ended before the client has said who it is."""

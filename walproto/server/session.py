@@ -111,7 +111,9 @@ class Session:
         more."""
         try:
             for _ in range(limit):
-                if self.is_closed or self.is_waiting or not self._deal_with_one():
+                if self.is_closed or self.is_waiting or self.connection.is_held:
+                    break
+                if not self._deal_with_one():
                     break
             else:
                 return True

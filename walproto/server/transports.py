@@ -16,6 +16,7 @@ from twisted.protocols.policies import ProtocolWrapper
 from twisted.python.failure import Failure
 
 from walproto.access.peer import Peer, Tls
+from walproto.server.lent_socket import LentSocket
 
 
 class ServerTls(Protocol):
@@ -74,6 +75,8 @@ def parse_address(host: str) -> IPv4Address | IPv6Address | None:
 
 def bare_socket(transport: Any) -> socket.socket | None:
     """The transport's socket, if bytes sent on it go to the peer as they are."""
+    if isinstance(transport, LentSocket):
+        return transport.socket
     if (
         not isinstance(transport, tcp.Connection)
         or ISSLTransport.providedBy(transport)

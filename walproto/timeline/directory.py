@@ -24,7 +24,7 @@ from zope.interface import implementer
 from walproto.errors import CannotConnectNow, DataCorrupted, InternalError, UndefinedFile
 from walproto.lsn import format_lsn, segment_name
 from walproto.timeline.history import History
-from walproto.timeline.interfaces import ITimeline
+from walproto.timeline.interfaces import IFiledTimeline
 from walproto.timeline.proofs import Proofs
 from walproto.timeline.received import Received, ReceivedSegments
 from walproto.timeline.replicas import Replicas
@@ -42,7 +42,7 @@ PATIENCE = 30.0
 """Seconds without news after which it is looked whether WAL goes on behind a gap."""
 
 
-@implementer(ITimeline)
+@implementer(IFiledTimeline)
 class WalDirectory:
     """The WAL in ``directory``, from :meth:`start` to :meth:`stop`.
 
@@ -89,6 +89,7 @@ class WalDirectory:
         self._end_changed = False
         self._stopped_at = 0
         self._fence: int | None = None
+        self._fence_is_news = False
         self._damage: DataCorrupted | None = None
 
     def start(self) -> None:
@@ -111,6 +112,7 @@ class WalDirectory:
 
     def fence(self, lsn: int | None) -> None:
         """Let nobody have WAL behind ``lsn``, whatever there is; None ends it."""
+        self._fence_is_news |= self._fence != lsn
         self._fence = lsn
         if self._ready and self._tail is not None:
             self.history = self._fenced_history(self._tail.history)
@@ -219,7 +221,8 @@ class WalDirectory:
             progress = True
         if more:
             self.look()
-        if progress:
+        if progress or self._fence_is_news:
+            self._fence_is_news = False
             for observer in list(self._observers):
                 observer()
 

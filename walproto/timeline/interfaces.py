@@ -47,3 +47,9 @@ class ITimeline(Interface):
 
     def remove_observer(observer: Callable[[], None]) -> None:
         """Take back ``add_observer``."""
+
+
+class IFiledTimeline(ITimeline):
+    """One whose WAL others may read, too, as far as it says: from segments where they lie."""
+
+    directory = Attribute("Where the segments and history files are, a Path.")

@@ -178,6 +178,11 @@ class Segments:
         for key in [key for key in self._open if (key[1] + 1) * self._identity.segment_size <= lsn]:
             self._forget(*key)
 
+    def close_removed(self) -> None:
+        """Close the files that were removed, or replaced, since they were opened."""
+        for key in [key for key, segment in self._open.items() if segment.status() is None]:
+            self._forget(*key)
+
     def close(self) -> None:
         for key in list(self._open):
             self._forget(*key)

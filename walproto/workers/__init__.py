@@ -1,0 +1,1 @@
+"""More than one core: other processes that send WAL."""
