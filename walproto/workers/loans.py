@@ -294,6 +294,7 @@ class Loan:
             worker.say(message)
 
     def _say(self, message: NamedTuple) -> None:
+        """Have the worker told something, when it has the socket."""
         if self._is_lent:
             self.worker.say(message)
         else:
