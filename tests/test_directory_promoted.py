@@ -182,6 +182,19 @@ class Promoted(Receiving):
         self.assertEqual(self.directory.commit_lsn, fence)
         self.assertEqual(self.directory.end_of(1), self.switch)
 
+    def test_a_fence_is_news(self) -> None:
+        """For whoever looks only when there is news; once each."""
+        self.receive_parent()
+        told: list[int] = []
+        self.directory.add_observer(lambda: told.append(self.directory.commit_lsn))
+        end, fence = self.directory.commit_lsn, self.parent.records[-20].end
+        for lsn in (fence, fence, None):
+            self.directory.fence(lsn)
+            self.settle()
+        self.assertEqual(told[0], fence)
+        self.assertEqual(told[-1], end)
+        self.assertNotIn(fence, told[1:])
+
     def test_a_fence_hides_one_that_comes_later(self) -> None:
         self.receive_parent()
         fence = self.parent.records[-20].end

@@ -55,6 +55,18 @@ def open_files() -> set[str]:
     return result
 
 
+def test_files_that_were_removed_can_be_closed(segments: Segments, wal: WalBuilder) -> None:
+    for number in range(3):
+        get(segments, wal.start + number * MB)
+    paths = [segments.directory / segments.name(1, wal.start + n * MB) for n in range(3)]
+    paths[0].unlink()
+    paths[1].replace(f"{paths[1]}.elsewhere")
+    segments.close_removed()
+    mine = {file for file in open_files() if file.startswith(str(segments.directory))}
+    assert mine == {str(paths[2])}
+    assert get(segments, wal.start + 2 * MB) == paths[2].read_bytes()[:1000]
+
+
 def test_names(segments: Segments) -> None:
     assert segments.name(1, 3 * MB + 5) == "000000010000000000000003"
     assert segments.name(0x1F, 0x12_3450_0000) == "0000001F0000001200000345"

@@ -263,6 +263,17 @@ def test_counts(tmp_path: Path) -> None:
             )
 
 
+def test_how_many_workers_there_are(tmp_path: Path) -> None:
+    assert taken(tmp_path)["workers"] == 0
+    for text, count in {"0": 0, "1": 1, "64": 64}.items():
+        assert taken(tmp_path, f"--workers={text}")["workers"] == count
+    for text, bound in {"65": 64, "": 262143, "-1": 262143, "two": 262143}.items():
+        assert refused("--wal-dir", tmp_path, f"--workers={text}") == (
+            f'--workers: invalid value for parameter "workers": "{text}" '
+            f"(It must be a number from 0 to {bound}.)"
+        )
+
+
 def test_how_many_clients_there_may_be_can_be_said_of_any_directory(tmp_path: Path) -> None:
     options = Options()
     options.parseOptions(["--wal-dir", str(tmp_path), "--max-wal-senders", "0"])

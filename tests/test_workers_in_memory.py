@@ -30,7 +30,7 @@ from walproto.server.lending import Outlet
 from walproto.server.lent_socket import LentSocket
 from walproto.timeline.interfaces import IFiledTimeline
 from walproto.timeline.replicas import Replica
-from walproto.workers import control
+from walproto.workers import control, loans
 from walproto.workers.loans import RETRY, Announcements, Loan
 from walproto.workers.process import NUMBER_SIZE, Worker
 
@@ -115,13 +115,14 @@ class Transport(tcp.Connection):
             self.producer.resumeProducing()
 
 
-class Lent:
+class Lent(loans.Worker):
     """One client, lent to a worker.
 
     ``to_worker`` and ``to_main`` are what was said and is not heard yet.
     """
 
     def __init__(self, timeline: FiledTimeline) -> None:
+        super().__init__()
         self.timeline = timeline
         self.reactor = TurnedByHand()
         ours, self.client = socket.socketpair()
@@ -275,6 +276,28 @@ class Lending(SynchronousTestCase):
                 self.assertFalse(any(isinstance(each, control.Ask) for each in one.to_main))
             one.settle()
             self.assertTrue(one.wal == one.timeline.wal)
+
+    def test_for_a_worker_that_stands_still_nothing_piles_up(self) -> None:
+        with lent(8 * PAGE, commit_lsn=START) as one:
+            one.settle()
+            one.pauseProducing()  # as its channel does when much has not been taken yet
+            for number in range(1, 8):
+                one.timeline.commit(START + number * PAGE)
+            self.assertFalse(one.to_worker)
+            one.resumeProducing()
+            self.assertEqual(len(one.to_worker), 1)
+            one.settle()
+            self.assertTrue(one.wal == one.timeline.wal[: 7 * PAGE])
+
+    def test_what_one_is_owed_of_a_timeline_it_no_longer_has_is_not_told(self) -> None:
+        with lent(8 * PAGE, commit_lsn=START) as one:
+            one.settle()
+            one.pauseProducing()
+            one.timeline.commit(START + PAGE)
+            one.loan.stop()
+            one.settle()
+            one.resumeProducing()
+            self.assertFalse(one.to_worker)
 
     def test_errors_are_those_of_the_timeline(self) -> None:
         with lent(PAGE) as one:

@@ -153,6 +153,7 @@ class Channel(Int32StringReceiver):
     gone."""
 
     MAX_LENGTH = 1 << 26
+    transport: Any
 
     def __init__(self, heard: Callable[[Any], None], lost: Callable[[], None]) -> None:
         self._heard = heard

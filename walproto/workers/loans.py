@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime
 from zope.interface import implementer
@@ -26,17 +26,45 @@ that it has not taken yet."""
 _numbers = itertools.count(1)
 
 
-class Worker(Protocol):
-    """The process to which something is lent."""
+@implementer(IPushProducer)
+class Worker:
+    """The process to which something is lent; the producer of what it is told."""
+
+    def __init__(self) -> None:
+        self._is_blocked = False
+        self._owed: set[Announcements] = set()
 
     def say(self, message: NamedTuple) -> None:
         """Have it told something."""
+        raise NotImplementedError
 
     def hand_over(self, number: int, handle: Any) -> None:
         """Send it the socket of a stream.  OSError if that cannot be now."""
+        raise NotImplementedError
 
     def forget(self, number: int) -> None:
         """There will be no such stream."""
+        raise NotImplementedError
+
+    def announce(self, announcements: Announcements) -> None:
+        """Have it told the news, or the next ones if it does not listen now."""
+        if self._is_blocked:
+            self._owed.add(announcements)
+        else:
+            announcements.tell(self)
+
+    def pauseProducing(self) -> None:
+        """Much is waiting that it has not heard yet."""
+        self._is_blocked = True
+
+    def resumeProducing(self) -> None:
+        self._is_blocked = False
+        owed, self._owed = self._owed, set()
+        for announcements in owed:
+            announcements.tell(self)
+
+    def stopProducing(self) -> None:
+        """It is gone."""
 
 
 class Announcements:
@@ -62,6 +90,11 @@ class Announcements:
         if self._loans.pop(loan, self) is None and not self._loans:
             self.timeline.remove_observer(self._changed)
             self._over()
+
+    def tell(self, worker: Worker) -> None:
+        """Tell the worker the newest news, if it has to do with the timeline still."""
+        if worker in self._workers and self._told is not None:
+            worker.say(self._told)
 
     def announce_to(self, worker: Worker) -> None:
         """A stream is about to be lent to this worker.  Raises a ReportedError if the timeline
@@ -95,7 +128,7 @@ class Announcements:
             if news != self._told:
                 self._told = news
                 for worker in self._workers:
-                    worker.say(news)
+                    worker.announce(self)
             for loan in loans:
                 loan.look_again()
 

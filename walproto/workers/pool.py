@@ -25,7 +25,7 @@ from walproto.server.transports import bare_socket
 from walproto.timeline.interfaces import IFiledTimeline, ITimeline
 from walproto.timeline.replicas import Replica
 from walproto.workers import control
-from walproto.workers.loans import Announcements, Loan
+from walproto.workers.loans import Announcements, Loan, Worker
 from walproto.workers.process import NUMBER_SIZE
 
 PAUSE = 1.0
@@ -34,11 +34,12 @@ PAUSE = 1.0
 MODULE = "walproto.workers.process"
 
 
-class Process:
-    """One worker.  ``died`` is called when it is gone though it was not stopped, with the number
+class Process(Worker):
+    """One of them.  ``died`` is called when it is gone though it was not stopped, with the number
     of its clients."""
 
     def __init__(self, reactor: Any, died: Callable[[Process, int], None]) -> None:
+        super().__init__()
         self.loans: dict[int, Loan] = {}
         self.is_ready = False
         self.is_gone = False
@@ -62,6 +63,7 @@ class Process:
             reactor.adoptStreamConnection(
                 ours.fileno(), socket.AF_UNIX, control.OneChannel(self._channel)
             )
+        self._channel.transport.registerProducer(self, True)
 
     @property
     def pid(self) -> int:
@@ -75,7 +77,6 @@ class Process:
         socket.send_fds(self._handles, [number.to_bytes(NUMBER_SIZE, "big")], [handle.fileno()])
 
     def forget(self, number: int) -> None:
-        """There will be no such stream."""
         self.loans.pop(number, None)
 
     def stop(self) -> Deferred[int]:
