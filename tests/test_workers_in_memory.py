@@ -30,8 +30,9 @@ from walproto.server.lending import Outlet
 from walproto.server.lent_socket import LentSocket
 from walproto.timeline.interfaces import IFiledTimeline
 from walproto.timeline.replicas import Replica
-from walproto.workers import control, loans
-from walproto.workers.loans import RETRY, Announcements, Loan
+from walproto.workers import announcements, control
+from walproto.workers.announcements import Announcements
+from walproto.workers.loans import RETRY, Loan
 from walproto.workers.process import NUMBER_SIZE, Worker
 
 
@@ -115,7 +116,7 @@ class Transport(tcp.Connection):
             self.producer.resumeProducing()
 
 
-class Lent(loans.Worker):
+class Lent(announcements.Worker):
     """One client, lent to a worker.
 
     ``to_worker`` and ``to_main`` are what was said and is not heard yet.

@@ -72,6 +72,7 @@ producer, bytes.  A module imports only from those above it in this list:
 - :mod:`walproto.workers.control`: what the main process and a worker say to each other
 - :mod:`walproto.workers.view`: a timeline as a worker sees it
 - :mod:`walproto.workers.process`: a worker, which sends WAL
+- :mod:`walproto.workers.announcements`: how far timelines go, as workers are told
 - :mod:`walproto.workers.loans`: connections that are lent to workers
 - :mod:`walproto.workers.pool`: the workers that there are
 - :mod:`walproto.upstream.connection`: what is needed of a connection to a server

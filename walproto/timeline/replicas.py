@@ -23,7 +23,8 @@ class Replica:
 
     LSNs are the last byte + 1, and 0 as long as they are unknown.  They may go backwards: a
     walreceiver that comes back first reports what it has replayed.  A pageserver's are what it has
-    received, has on its own disk, and has in remote storage.
+    received, has on its own disk, and has in remote storage.  Of one whose WAL another process
+    sends, ``sent_lsn`` is told when it has come to the end, or to a next segment.
     """
 
     pid: int

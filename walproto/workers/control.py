@@ -161,6 +161,8 @@ class Channel(Int32StringReceiver):
 
     def say(self, message: NamedTuple) -> None:
         self.sendString(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+        if self.transport.connected:
+            self.transport.doWrite()  # now, and not when the reactor gets round to it
 
     def stringReceived(self, data: bytes) -> None:
         self._heard(pickle.loads(data))

@@ -1,11 +1,12 @@
-"""What is lent to workers, on the side of the main process: timelines are announced, connections
-handed over and taken back."""
+"""Connections that are lent to workers: handed over, and taken back.
+
+While a connection is lent, its client is still heard here, and whatever becomes of it is decided
+here.  A worker that is to stop completes nothing: it gives back what is left of the message that it
+had begun, and that is sent from here before anything else.
+"""
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime
@@ -18,141 +19,11 @@ from walproto.server.transports import bare_socket
 from walproto.timeline.replicas import Replica
 from walproto.wire.messages import CopyBothResponse
 from walproto.workers import control
+from walproto.workers.announcements import Announcements, Worker, numbers
 
 RETRY = 0.01
 """Seconds after which a socket is handed over once more, if the worker has been handed so many
 that it has not taken yet."""
-
-_numbers = itertools.count(1)
-
-
-@implementer(IPushProducer)
-class Worker:
-    """The process to which something is lent; the producer of what it is told."""
-
-    def __init__(self) -> None:
-        self._is_blocked = False
-        self._owed: set[Announcements] = set()
-
-    def say(self, message: NamedTuple) -> None:
-        """Have it told something."""
-        raise NotImplementedError
-
-    def hand_over(self, number: int, handle: Any) -> None:
-        """Send it the socket of a stream.  OSError if that cannot be now."""
-        raise NotImplementedError
-
-    def forget(self, number: int) -> None:
-        """There will be no such stream."""
-        raise NotImplementedError
-
-    def announce(self, announcements: Announcements) -> None:
-        """Have it told the news, or the next ones if it does not listen now."""
-        if self._is_blocked:
-            self._owed.add(announcements)
-        else:
-            announcements.tell(self)
-
-    def pauseProducing(self) -> None:
-        """Much is waiting that it has not heard yet."""
-        self._is_blocked = True
-
-    def resumeProducing(self) -> None:
-        self._is_blocked = False
-        owed, self._owed = self._owed, set()
-        for announcements in owed:
-            announcements.tell(self)
-
-    def stopProducing(self) -> None:
-        """It is gone."""
-
-
-class Announcements:
-    """Has workers told how far ``timeline`` goes, as long as there are loans of it; those are told
-    when there may be news."""
-
-    def __init__(self, timeline: Any, over: Callable[[], object]) -> None:
-        self.timeline = timeline
-        self.number = next(_numbers)
-        self._over = over
-        self._loans: dict[Loan, None] = {}
-        self._workers: Counter[Worker] = Counter()
-        self._told: control.News | None = None
-
-    def add(self, loan: Loan) -> None:
-        """Tell the loan when there may be news."""
-        if not self._loans:
-            self.timeline.add_observer(self._changed)
-        self._loans[loan] = None
-
-    def remove(self, loan: Loan) -> None:
-        """Tell it no longer."""
-        if self._loans.pop(loan, self) is None and not self._loans:
-            self.timeline.remove_observer(self._changed)
-            self._over()
-
-    def tell(self, worker: Worker) -> None:
-        """Tell the worker the newest news, if it has to do with the timeline still."""
-        if worker in self._workers and self._told is not None:
-            worker.say(self._told)
-
-    def announce_to(self, worker: Worker) -> None:
-        """A stream is about to be lent to this worker.  Raises a ReportedError if the timeline
-        cannot be read."""
-        if self._told is None:
-            self._told = self._news()
-        if not self._workers[worker]:
-            timeline = self.timeline
-            worker.say(control.Open(self.number, str(timeline.directory), timeline.identity))
-            worker.say(self._told)
-        self._workers[worker] += 1
-
-    def gone(self, worker: Worker) -> None:
-        """The worker no longer has it."""
-        self._workers[worker] -= 1
-        if not self._workers[worker]:
-            del self._workers[worker]
-            worker.say(control.Close(self.number))
-
-    def _changed(self) -> None:
-        loans = list(self._loans)
-        try:
-            news = self._news()
-        except ReportedError as error:
-            for loan in loans:
-                loan.listener.failed(error)
-        except Exception:
-            for loan in loans:
-                loan.listener.broken()
-        else:
-            if news != self._told:
-                self._told = news
-                for worker in self._workers:
-                    worker.announce(self)
-            for loan in loans:
-                loan.look_again()
-
-    def _news(self) -> control.News:
-        timeline, told = self.timeline, self._told
-        history = timeline.history
-        end = timeline.end_of(history.tli)
-        since = end
-        if told is not None and told.history == history:
-            # What has been told so far may go on, or else what comes behind it.
-            for known in (told.since, told.commit_lsn):
-                if known <= end <= self._sendable_to(known):
-                    since = known
-                    break
-        has_trouble = self._sendable_to(end) < end
-        return control.News(self.number, history, since, end, has_trouble)
-
-    def _sendable_to(self, lsn: int) -> int:
-        """How far the current timeline can be sent from there; 0 if there is anything wrong."""
-        try:
-            to: int = self.timeline.sendable_to(self.timeline.history.tli, lsn)
-        except ReportedError:
-            return 0
-        return to
 
 
 @implementer(IPushProducer)
@@ -174,7 +45,7 @@ class Loan:
         listener: Listener,
     ) -> None:
         self.worker = worker
-        self.number = next(_numbers)
+        self.number = next(numbers)
         self._transport = transport
         self._outlet = outlet
         self._announcements = announcements

@@ -25,7 +25,8 @@ from walproto.server.transports import bare_socket
 from walproto.timeline.interfaces import IFiledTimeline, ITimeline
 from walproto.timeline.replicas import Replica
 from walproto.workers import control
-from walproto.workers.loans import Announcements, Loan, Worker
+from walproto.workers.announcements import Announcements, Worker
+from walproto.workers.loans import Loan
 from walproto.workers.process import NUMBER_SIZE
 
 PAUSE = 1.0
@@ -82,11 +83,11 @@ class Process(Worker):
     def stop(self) -> Deferred[int]:
         """End it; nobody needs it any longer.  Fires when it is gone."""
         self._died = lambda process, clients: None
-        return self.end()
-
-    def end(self) -> Deferred[int]:
-        """Have it be gone; fires with its return code when it is."""
         self._popen.kill()
+        return self.gone()
+
+    def gone(self) -> Deferred[int]:
+        """Fires with its return code when it is gone."""
         pool = self._reactor.getThreadPool()
         done: Deferred[int] = deferToThreadPool(self._reactor, pool, self._popen.wait)
         return done
@@ -178,6 +179,6 @@ class Workers:
                 count=clients,
             )
 
-        process.end().addCallback(gone)
+        process.gone().addCallback(gone)
         self._restarts = [each for each in self._restarts if each.active()]
         self._restarts.append(self._reactor.callLater(PAUSE, self._start_one))

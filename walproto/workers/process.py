@@ -145,9 +145,10 @@ class Worker:
             view.close_removed()
 
     def _lost(self) -> None:
-        """The main process is gone, and with it all that was to be done."""
+        """The main process is gone, and with it all that was to be done; or there was an
+        exception, which was told, and nobody knows what was to be done."""
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(1)
 
 
 def main(channel: int, sockets: int) -> None:
