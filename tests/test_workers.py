@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.certificates import Authority
-from tests.fakes import COPY_DONE, TERMINATE, query, startup, status, told, wal_of
+from tests.fakes import COPY_DONE, TERMINATE, cancel_request, query, startup, status, told, wal_of
 from tests.postgres import (
     HOST,
     Cluster,
@@ -146,6 +146,7 @@ class Raw:
         self._socket.connect(address if isinstance(address, str) else (HOST, address))
         self._unread = b""
         self.wal = bytearray()
+        self.key = (0, b"")
         self._end = 0
 
     def __enter__(self) -> Raw:
@@ -183,11 +184,12 @@ class Raw:
         while len(self._unread) < 5 or len(self._unread) < self._size:
             data = self._socket.recv(1 << 16)
             if not data:
-                assert not self._unread
                 return b""
             self._unread += data
         size = self._size
         message, self._unread = self._unread[:size], self._unread[size:]
+        if message[:1] == b"K":
+            self.key = int.from_bytes(message[5:9], "big"), message[9:]
         return message
 
     @property
@@ -310,6 +312,8 @@ def test_the_main_process_is_killed(source: Source) -> None:
         client.stream(source.start)
         served.sender.kill()  # it fails if a worker goes on: they have its output open
         assert client.read(lambda line: False)[-1] == "EOF"
+        sent = bytes(client.wal)
+        assert sent == wal_in(source.archive, source.start, source.start + len(sent))
 
 
 # --- Conversations -------------------------------------------------------------------------------
@@ -359,20 +363,28 @@ def test_copy_done_within_a_message_and_a_second_stream(
 def test_keepalives_and_cancellation(source: Source, on_unix: tuple[Served, str]) -> None:
     served, path = on_unix
     end = end_of(source.archive)
-    with Raw(path) as client:
+    with Raw(path) as client, Raw(path) as canceller:
         client.stream(end - SEGMENT)
         client.read(lambda line: line.endswith(int_to_lsn(end)))
         client.send(status(end, end, reply=1))
         assert client.read(lambda line: True) == [f"k {int_to_lsn(end)} reply=0"]
+        canceller.send(cancel_request(*client.key))
+        assert client.read(lambda line: line == "Z I") == [
+            "ERROR 57014: canceling statement due to user request",
+            "Z I",
+        ]
+        served.sender.expect(f"has ended streaming, sent up to {int_to_lsn(end)}")
+        client.send(replicate(source.start))
+        client.read(lambda line: line.startswith("w "))
         client.send(COPY_DONE, TERMINATE)
-        lines = client.read(lambda line: False)
+        lines = [line for line in client.read(lambda line: False) if line[0] != "w"]
         assert [line.split()[0] for line in lines] == ["c", "C", "C", "Z", "EOF"]
-    served.sender.expect(f"has ended streaming, sent up to {int_to_lsn(end)}")
 
 
 def test_a_client_that_takes_nothing_and_is_silent(
     source: Source, on_unix: tuple[Served, str]
 ) -> None:
+    """It may still take what it has been sent."""
     served, path = on_unix
     with Raw(path) as client:
         client.stream(source.start, options="-c wal_sender_timeout=500ms")
@@ -393,7 +405,8 @@ def test_an_orderly_end(source: Source, tmp_path: Path) -> None:
     """Whoever catches up is sent all, and says so, before the end; a signal to the workers, too,
     changes nothing."""
     path = str(tmp_path / "socket")
-    served = source.serve(source.archive, "--workers", "1", "--listen", f"unix:{path}")
+    options = ("--listen", f"unix:{path}", "--wal-sender-shutdown-timeout", "60s")
+    served = source.serve(source.archive, "--workers", "1", *options)
     end = end_of(source.archive)
     with Raw(path) as client:
         client.stream(source.start)
@@ -402,7 +415,7 @@ def test_an_orderly_end(source: Source, tmp_path: Path) -> None:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 os.kill(pid, number)
         served.sender.terminate()
-        served.sender.expect("waiting up to 10 s for 1 clients")
+        served.sender.expect("waiting up to 60 s for 1 clients")
         client.read(lambda line: line == f"k {int_to_lsn(end)} reply=1")
         assert client.wal == wal_in(source.archive, source.start, end)
         client.send(status(end, end))
