@@ -1,7 +1,9 @@
 """The workers that there are: processes that are started, and started again.
 
-Each is a session of its own, so that signals that are meant for the service do not end it before
-its connections were taken back; and it ends by itself when this process is gone.
+Each is a process group of its own, so that signals that are meant for the service do not end it
+before its connections were taken back; and it ends by itself when this process is gone.  (A session
+of its own would be a scheduling group of its own under Linux, where there are no cgroups: sending
+then took 1.4 times the CPU time.)
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ class Process(Worker):
                 env=os.environ | {"PYTHONPATH": path},
                 stdin=subprocess.DEVNULL,
                 pass_fds=fds,
-                start_new_session=True,
+                process_group=0,
             )
             ours.setblocking(False)
             reactor.adoptStreamConnection(
