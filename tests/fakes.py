@@ -46,6 +46,17 @@ def wal_bytes(size: int) -> bytes:
     return random.Random(size).randbytes(size)
 
 
+class Rounds(Clock):
+    """A reactor that goes round when it is told to; what is called in a round and calls for more,
+    has it in the next one."""
+
+    def go_round(self) -> None:
+        due, self.calls = self.calls, []
+        for call in due:
+            call.called = 1
+            call.func(*call.args, **call.kw)
+
+
 @implementer(ITimeline)
 class MemoryTimeline:
     """A timeline over bytes, which may be sent up to ``commit_lsn``."""

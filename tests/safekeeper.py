@@ -16,6 +16,7 @@ from walproto.errors import ReportedError
 from walproto.neon.control_file import NAME, Control, TermSwitch, build_control
 from walproto.neon.ids import TimelineIds
 from walproto.server.producer import Piece, WalProducer
+from walproto.server.turns import Turns
 from walproto.timeline.interfaces import ITimeline
 from walproto.timeline.replicas import Replica
 
@@ -88,7 +89,7 @@ class Stream:
         self._received = bytearray()
         replica = Replica(1, "postgres", "test", "", 1, start)
         self._producer = WalProducer(
-            self._transport, timeline, replica, Piece(timeline), clock, self
+            self._transport, timeline, replica, Piece(timeline), Turns(clock), clock, self
         )
         self._producer.start()
 

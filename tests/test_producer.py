@@ -28,6 +28,7 @@ from tests.fakes import (
     TERMINATE,
     MemoryTimeline,
     MemoryTransport,
+    Rounds,
     messages_in,
     query,
     server,
@@ -39,6 +40,7 @@ from tests.fakes import (
 from walproto.errors import ReportedError, UndefinedFile
 from walproto.lsn import format_lsn
 from walproto.server.producer import BURST, PIECE_SIZE, Piece, WalProducer
+from walproto.server.turns import Turns
 from walproto.timeline.replicas import Replica
 
 reactor: Any = twisted_reactor
@@ -74,6 +76,7 @@ class Sending:
         start: int = START,
         transport: Any = None,
         piece: Piece | None = None,
+        turns: Turns | None = None,
         capacity: int | None = None,
     ) -> None:
         self.clock = clock
@@ -81,8 +84,9 @@ class Sending:
         self.told = Told()
         self.start = start
         self.replica = Replica(1, "postgres", "", "", 1, start)
+        piece = piece or Piece(timeline)
         self.producer = WalProducer(
-            self.transport, timeline, self.replica, piece or Piece(timeline), clock, self.told
+            self.transport, timeline, self.replica, piece, turns or Turns(clock), clock, self.told
         )
         self.producer.start()
         self._heard = 0
@@ -257,6 +261,7 @@ class Flow(SynchronousTestCase):
             sending.producer.send_keepalive(reply_requested)
         while sending.transport.waiting:
             sending.transport.take()
+            self.clock.advance(0)
         end = timeline.commit_lsn
         pieces = [START + number * PIECE_SIZE for number in range(3)]
         self.assertEqual(
@@ -285,6 +290,28 @@ class Flow(SynchronousTestCase):
         self.assertEqual(max(b - a for a, b in pairwise(sent)), BURST * PIECE_SIZE)
         self.assertEqual(sent[-1], timeline.commit_lsn)
         self.assertEqual(sending.wal, timeline.wal)
+
+    def test_those_that_catch_up_take_turns_and_who_follows_waits_for_none(self) -> None:
+        clock = Rounds()
+        timeline = MemoryTimeline(3 * BURST * PIECE_SIZE + PAGE)
+        timeline.commit_lsn -= PAGE
+        turns = Turns(clock)
+        follower = Sending(timeline, clock, start=timeline.commit_lsn, turns=turns)
+        behind = [Sending(timeline, clock, turns=turns) for _ in range(3)]
+        clock.go_round()  # the follower's turn: it has been here first
+        for number in range(9):
+            before = [one.replica.sent_lsn for one in behind]
+            if number == 4:
+                timeline.commit(timeline.commit_lsn + PAGE)
+                self.assertEqual(follower.replica.sent_lsn, timeline.commit_lsn)
+            clock.go_round()
+            after = [one.replica.sent_lsn for one in behind]
+            before[number % 3] += BURST * PIECE_SIZE
+            self.assertEqual(after, before)
+        for _ in behind:
+            clock.go_round()
+        for one in behind:
+            self.assertEqual(one.wal, timeline.wal)
 
     def test_clients_at_the_same_place_share_one_read(self) -> None:
         timeline = MemoryTimeline(3 * PAGE)

@@ -40,6 +40,7 @@ producer, bytes.  A module imports only from those above it in this list:
 - :mod:`walproto.timeline.threads`: where the waiting for a disk is done
 - :mod:`walproto.timeline.slot_file`: replication slots, as they lie on disk
 - :mod:`walproto.timeline.slots`: replication slots, and who uses them
+- :mod:`walproto.timeline.observers`: who is told that there is more WAL
 - :mod:`walproto.timeline.interfaces`: what a session needs of a timeline
 - :mod:`walproto.timeline.survey`: a first look at a directory
 - :mod:`walproto.timeline.tail`: the end of WAL, followed
@@ -57,6 +58,7 @@ producer, bytes.  A module imports only from those above it in this list:
 - :mod:`walproto.server.results`: what answers are made of
 - :mod:`walproto.server.encryption`: TLS on a connection
 - :mod:`walproto.server.refusal`: no place for a connection
+- :mod:`walproto.server.turns`: who may send a burst
 - :mod:`walproto.server.producer`: sends WAL
 - :mod:`walproto.server.lending`: lets another process send it
 - :mod:`walproto.server.service`: what a connection is served, by which rules

@@ -18,6 +18,7 @@ from walproto.server.protocol import WalSenderProtocol
 from walproto.server.refusal import Refusal
 from walproto.server.service import IServices, OneTimeline
 from walproto.server.transports import parse_address
+from walproto.server.turns import Turns
 from walproto.timeline.interfaces import ITimeline
 from walproto.timeline.slots import Slots
 
@@ -58,6 +59,7 @@ class WalSenderFactory(Factory):
             self.services = OneTimeline(timeline, slots)
         self.configuration = Configuration(**options)
         self.clock = clock
+        self.turns = Turns(clock)
         self.workers = workers
         self.connections: dict[int, WalSenderProtocol] = {}
         self.senders: set[int] = set()

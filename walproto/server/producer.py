@@ -10,8 +10,9 @@ things holds it up:
 - *The client does not take it.*  Then the transport pauses it, and resumes it when all that was
   held back is gone.  Meanwhile nothing is read or framed for this client: what it costs is the rest
   of one piece.
-- *It has had its turn.*  After a burst of pieces the reactor goes on with the other connections
-  first.  So a client that catches up at full speed holds up the others for a millisecond at most.
+- *It has had its turn.*  What is more than a piece is sent in bursts, of which there is one in each
+  turn of the reactor, whoever has it (:mod:`walproto.server.turns`).  So however many clients catch
+  up at full speed, they hold up the others for a millisecond at most.
 - *Somebody asked for a keepalive*, which goes out between two pieces; while the transport is
   blocked it is only remembered, and however many are asked for, one is sent.
 
@@ -33,7 +34,6 @@ from contextlib import suppress
 from typing import Protocol
 
 from twisted.internet.interfaces import (
-    IDelayedCall,
     IPushProducer,
     IReactorTime,
     ITransport,
@@ -43,6 +43,7 @@ from zope.interface import implementer
 from walproto.errors import ReportedError
 from walproto.lsn import PAGE_SIZE
 from walproto.server.transports import bare_socket
+from walproto.server.turns import Turns
 from walproto.timeline.interfaces import ITimeline
 from walproto.timeline.replicas import Replica
 from walproto.wire.messages import CopyBothResponse
@@ -56,7 +57,7 @@ from walproto.wire.replication import (
 PIECE_SIZE = 16 * PAGE_SIZE
 """Bytes of WAL in a message, at most; PostgreSQL's MAX_SEND_SIZE."""
 
-BURST = 16
+BURST = 8
 """Pieces that a client is sent before it is others' turn."""
 
 _HEADER_SIZE = XLOG_DATA_HEADER.size
@@ -101,7 +102,10 @@ class Listener(Protocol):
 
 @implementer(IPushProducer)
 class WalProducer:
-    """Sends a replica WAL, from its ``sent_lsn`` on, over a transport."""
+    """Sends a replica WAL, from its ``sent_lsn`` on, over a transport.
+
+    ``clock`` is the reactor, on which ``turns`` are taken; ``piece`` is one of ``timeline``'s.
+    """
 
     def __init__(
         self,
@@ -109,6 +113,7 @@ class WalProducer:
         timeline: ITimeline,
         replica: Replica,
         piece: Piece,
+        turns: Turns,
         clock: IReactorTime,
         listener: Listener,
     ) -> None:
@@ -116,6 +121,7 @@ class WalProducer:
         self._timeline = timeline
         self._replica = replica
         self._piece = piece
+        self._turns = turns
         self._clock = clock
         self._listener = listener
         self._socket = bare_socket(transport)
@@ -124,7 +130,7 @@ class WalProducer:
         self._stopped = False
         self.is_finishing = False
         """Whether the server shuts down, and only what there is will be sent."""
-        self._next_burst: IDelayedCall | None = None
+        self._awaits_turn = False
         self._keepalive_owed: bool | None = None
         self._last_sent = clock.seconds()
 
@@ -142,12 +148,12 @@ class WalProducer:
         if not in_copy_mode:
             self._write(CopyBothResponse.build())
         self._timeline.add_observer(self._go_on)
-        self._schedule()
+        self._ask_for_turn()
 
     def finish(self) -> None:
         """Have ``caught_up`` called, now or when it is so, and whenever there was more to send."""
         self.is_finishing = True
-        self._schedule()
+        self._ask_for_turn()
 
     def stop(self) -> None:
         """Send nothing more, and leave the transport to others."""
@@ -178,28 +184,34 @@ class WalProducer:
     def stopProducing(self) -> None:
         self._stopped = True
         self._timeline.remove_observer(self._go_on)
-        if self._next_burst is not None:
-            self._next_burst.cancel()
-            self._next_burst = None
+        self._turns.leave(self._take_turn)
 
     # --- sending ---------------------------------------------------------------------------
 
-    def _schedule(self) -> None:
-        if self._next_burst is None:
-            self._next_burst = self._clock.callLater(0, self._burst)
-
-    def _burst(self) -> None:
-        self._next_burst = None
-        self._go_on()
-
     def _go_on(self) -> None:
+        """Send what there is, if it is little; else when it is our turn."""
+        if self._timeline.commit_lsn - self._replica.sent_lsn > PIECE_SIZE:
+            self._ask_for_turn()
+        else:
+            self._send_burst()
+
+    def _ask_for_turn(self) -> None:
+        if not self._awaits_turn and not self._paused and not self._stopped:
+            self._awaits_turn = True
+            self._turns.ask(self._take_turn)
+
+    def _take_turn(self) -> None:
+        self._awaits_turn = False
+        self._send_burst()
+
+    def _send_burst(self) -> None:
         """Send a burst of pieces, as far as there are any and they are taken."""
-        if self._next_burst is not None:
+        if self._awaits_turn:
             return
         for _ in range(BURST):
             if self._paused or self._stopped or not self._send_piece():
                 return
-        self._schedule()
+        self._ask_for_turn()
 
     def _send_piece(self) -> bool:
         """Send the next piece; whether there was one."""

@@ -354,8 +354,9 @@ class WalSenderProtocol(Protocol):
         sending = None
         if workers is not None:
             sending = workers.lend(transport, self._outlet, stream.timeline, replica, self)
+        turns, clock = self.factory.turns, self._clock
         return sending or WalProducer(
-            transport, stream.timeline, replica, stream.piece, self._clock, self
+            transport, stream.timeline, replica, stream.piece, turns, clock, self
         )
 
     def _tell_end(self, replica: Replica) -> None:

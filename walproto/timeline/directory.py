@@ -25,6 +25,7 @@ from walproto.errors import CannotConnectNow, DataCorrupted, InternalError, Unde
 from walproto.lsn import format_lsn, segment_name
 from walproto.timeline.history import History
 from walproto.timeline.interfaces import IFiledTimeline
+from walproto.timeline.observers import Observers
 from walproto.timeline.proofs import Proofs
 from walproto.timeline.received import Received, ReceivedSegments
 from walproto.timeline.replicas import Replicas
@@ -76,7 +77,7 @@ class WalDirectory:
         self._log_prefix = log_prefix
         self._log_fields = log_fields or {}
         self._watch = DirectoryWatch(self.directory, clock, self.look, by_inotify=not received)
-        self._observers: set[Callable[[], None]] = set()
+        self._observers = Observers(clock)
         self._next_step: IDelayedCall | None = None
         self._ready = False
         self._waiting_for = ""
@@ -99,6 +100,7 @@ class WalDirectory:
 
     def stop(self) -> None:
         self._watch.stop()
+        self._observers.stop()
         if self._next_step is not None:
             self._next_step.cancel()
             self._next_step = None
@@ -187,7 +189,7 @@ class WalDirectory:
         self._observers.add(observer)
 
     def remove_observer(self, observer: Callable[[], None]) -> None:
-        self._observers.discard(observer)
+        self._observers.remove(observer)
 
     # --- one step after another ------------------------------------------------------------
 
@@ -223,8 +225,7 @@ class WalDirectory:
             self.look()
         if progress or self._fence_is_news:
             self._fence_is_news = False
-            for observer in list(self._observers):
-                observer()
+            self._observers.tell()
 
     def _advance(self, tail: Tail) -> bool:
         """Walk on; whether there may be more to walk over at once.  Who receives is told, too."""

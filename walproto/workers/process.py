@@ -20,6 +20,7 @@ from twisted.internet.task import LoopingCall
 from walproto.errors import ReportedError
 from walproto.server.lent_socket import LentSocket
 from walproto.server.producer import WalProducer
+from walproto.server.turns import Turns
 from walproto.timeline.replicas import Replica
 from walproto.wal.segments import OpenFiles
 from walproto.workers import control
@@ -56,6 +57,7 @@ class LentStream:
             self.timeline,
             self._replica,
             view.piece,
+            worker.turns,
             worker.reactor,
             self,
         )
@@ -85,6 +87,7 @@ class Worker:
 
     def __init__(self, reactor: Any, handles: socket.socket) -> None:
         self.reactor = reactor
+        self.turns = Turns(reactor)
         self._handles = handles
         self._files = OpenFiles()
         self._views: dict[int, View] = {}

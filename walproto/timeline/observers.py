@@ -1,0 +1,60 @@
+"""Who is told that a timeline has more WAL, and how often.
+
+With a hundred clients that follow, each commit is a hundred system calls, of which one that sends
+ten commits costs hardly more than one that sends a single one.  So when telling all of them took
+long, the next news waits: for so many times as long, and ten milliseconds at most.  Then the
+clients have at most a small share of a processor, however small and many the commits are.  What
+comes after a pause is told at once, and with few clients so is everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
+
+REST = 12
+"""How many times as long as the telling took nothing is told."""
+LONGEST = 0.010
+"""Seconds that news waits, at most."""
+SHORTEST = 0.001
+"""Seconds that are worth waiting; a reactor's timers are no more exact than this."""
+
+
+class Observers:
+    """Calls the observers, on the reactor ``clock``."""
+
+    def __init__(self, clock: IReactorTime) -> None:
+        self._clock = clock
+        self._observers: set[Callable[[], None]] = set()
+        self._not_before = 0.0
+        self._waiting: IDelayedCall | None = None
+
+    def add(self, observer: Callable[[], None]) -> None:
+        self._observers.add(observer)
+
+    def remove(self, observer: Callable[[], None]) -> None:
+        self._observers.discard(observer)
+
+    def tell(self) -> None:
+        """There is news: tell it now, or when it is time for that."""
+        if self._waiting is None:
+            wait = self._not_before - self._clock.seconds()
+            if wait < SHORTEST:
+                self._tell()
+            else:
+                self._waiting = self._clock.callLater(wait, self._tell)
+
+    def stop(self) -> None:
+        """Tell nothing more."""
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+
+    def _tell(self) -> None:
+        self._waiting = None
+        begun = self._clock.seconds()
+        for observer in list(self._observers):
+            observer()
+        end = self._clock.seconds()
+        self._not_before = end + min((end - begun) * REST, LONGEST)
