@@ -128,7 +128,7 @@ class Kept:
         for lsn, stamp in self.writer.completed:
             self.received.complete(wal.tli, lsn, stamp)
         self.writer.completed.clear()
-        self.received.synced_to = self.writer.lsn
+        self.received.synced(self.writer.lsn)
 
     def come(self, segno: int) -> None:
         """WAL comes up to within this segment."""

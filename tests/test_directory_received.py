@@ -49,6 +49,7 @@ class Receiving(InMemory):
         data = memoryview(self.wal.image)[start - self.wal.start : end - self.wal.start]
         self.received.append(data)
         self.writer.write(start, [data])
+        self.received.written(self.writer.lsn)
 
     def sync(self) -> int:
         """What is written is on disk; how often observers were told."""
@@ -56,8 +57,11 @@ class Receiving(InMemory):
         for lsn, stamp in self.writer.completed:
             self.received.complete(self.writer.tli, lsn, stamp)
         self.writer.completed.clear()
-        self.received.synced_to = max(self.received.synced_to, self.writer.lsn)
-        return self.look()
+        self.received.synced(self.writer.lsn)
+        before = self.told
+        self.directory.show()
+        self.settle()
+        return self.told - before
 
     def come(self, end: int) -> int:
         """Write and sync."""

@@ -148,10 +148,11 @@ def receiving(tmp_path: Path) -> Iterator[Receiving]:
     reads=st.lists(st.tuples(st.integers(-9, 3 * PAGE), st.integers(0, 99999)), min_size=9),
     some=st.integers(0, 2**32).map(random.Random),
 )
-def test_nothing_is_seen_beyond_what_is_synced(
+def test_nothing_is_walked_over_beyond_what_may_be(
     recent: int, ends: list[int], reads: list[tuple[int, int]], some: random.Random
 ) -> None:
-    """Whether it has come, or is written, or both; and before that all is."""
+    """Beyond what is synced, whether it has come, or is written, or both, unless the walk is as far
+    as that; and before that all is there to be walked over."""
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(received_module, "RECENT_SIZE", recent)
         receiving = Receiving(Path(name))
@@ -159,7 +160,13 @@ def test_nothing_is_seen_beyond_what_is_synced(
         synced, written, came = (wal.start + end for end in sorted(ends))
         receiving.come(came)
         receiving.write(written)
-        received.synced_to = synced
+        if some.random() < 0.5:
+            received.synced(synced)
+        else:
+            before = some.randint(wal.start, synced)
+            received.synced(before)
+            received.walk(1, before, before, before, "no more")
+            received.written(synced)
         for offset, size in reads:
             places = [synced, written, came, synced - recent, synced - synced % MB, wal.start]
             lsn = max(some.choice(places) - offset, wal.start)
@@ -184,17 +191,17 @@ def test_a_page_that_is_synced_in_part_is_zeros_behind_that(
     if is_written:
         receiving.write(start + 4 * PAGE)
     read = receiving.segments.read
-    receiving.received.synced_to = start + 2 * PAGE + 100
+    assert read(1, start, 9 * PAGE) == b""
+    receiving.received.synced(start + 2 * PAGE)
+    before = b"" if not came and not is_written else receiving.image(start, start + 2 * PAGE)
+    assert read(1, start, 9 * PAGE) == before
+    receiving.received.synced(start + 2 * PAGE + 100)
     expected = receiving.image(start, start + 2 * PAGE + 100) + bytes(PAGE - 100)
     if not came and not is_written:
         expected = b""
     for size in (9 * PAGE, 3 * PAGE, 2 * PAGE + 101, 2 * PAGE + 100, 2 * PAGE, 1):
         assert read(1, start, size) == expected[:size]
     assert read(1, start + 2 * PAGE + 100, 10) == b""
-    receiving.received.synced_to = start + 2 * PAGE
-    assert read(1, start, 9 * PAGE) == expected[: 2 * PAGE]
-    receiving.received.synced_to = start
-    assert read(1, start, 9 * PAGE) == b""
 
 
 @pytest.mark.parametrize("came", [True, False])
@@ -203,7 +210,7 @@ def test_a_look_ends_where_the_segment_does(receiving: Receiving, came: bool) ->
     if came:
         receiving.come(end + 5000)
     receiving.write(end + 5000)
-    receiving.received.synced_to = end + 5000
+    receiving.received.synced(end + 5000)
     for lsn in (end - 100, end - PAGE, start):
         assert receiving.segments.read(1, lsn, 2 * MB) == receiving.image(lsn, end)
     assert receiving.segments.read(1, end, 5000) == receiving.image(end, end + 5000)
@@ -275,7 +282,7 @@ def test_what_we_write_does_not_count_as_a_change(receiving: Receiving, tmp_path
     for end in range(start + MB // 4, start + 2 * MB + MB // 2, MB // 4):
         receiving.come(end)
         receiving.write(end)
-        receiving.received.synced_to = end
+        receiving.received.synced(end)
         for lsn, seen in stamps.items():
             if end > lsn:
                 seen.add(receiving.segments.stamp(1, lsn))
@@ -343,31 +350,85 @@ def test_finished_segments_stay_ours_when_another_timeline_is_begun(receiving: R
 # --- What is found right ---------------------------------------------------------------------
 
 
+def walk(
+    received: Received, position: int, reason: str = "", end: int | None = None, last: int = 0
+) -> bool:
+    """The walk has come to there; whether it may go on."""
+    return received.walk(1, position, position if end is None else end, last, reason)
+
+
 def test_what_was_walked_over_is_proven_as_far_as_it_may_be_seen() -> None:
     received = Received()
     told: list[int] = []
     received.walked = lambda: told.append(received.proven_to)
     received.begin(1, 3 * MB, 3 * MB + 100)
     assert received.proven_to == 3 * MB + 100
-    received.walk(1, 3 * MB, "no more")  # it was proven before
-    received.synced_to = 3 * MB + 5 * PAGE + 200
-    received.walk(2, 4 * MB, "of another timeline")
-    received.walk(1, 3 * MB + 2 * PAGE, "")
-    received.walk(1, 3 * MB + 5 * PAGE + 208, "no more")  # with what fills the last record up
+    walk(received, 3 * MB, "no more")  # it was proven before
+    received.synced(3 * MB + 5 * PAGE + 200)
+    received.walk(2, 4 * MB, 4 * MB, 4 * MB, "of another timeline")
+    walk(received, 3 * MB + 2 * PAGE)
+    walk(received, 3 * MB + 5 * PAGE + 208, "no more")  # with what fills the last record up
     assert told == [3 * MB + 100, 3 * MB + 2 * PAGE, 3 * MB + 5 * PAGE + 200]
+    assert received.shown_to == 3 * MB + 5 * PAGE + 200
     assert received.stopped_at is None
+
+
+def test_the_walk_is_one_sync_ahead_and_what_it_finds_is_shown_behind_that() -> None:
+    received = Received()
+    received.begin(1, 3 * MB, 3 * MB)
+    seen: list[tuple[int, int, int, int]] = []
+
+    def look() -> None:
+        at = received.walkable_to(1), received.visible_to(1), received.proven_to
+        a, b, c, last = (lsn and lsn - 3 * MB for lsn in (*at, received.last_record))
+        seen.append((a, b, c, last))
+
+    assert not walk(received, 3 * MB, "nothing yet")
+    received.written(3 * MB + 1000)
+    look()  # there is more to walk over, but nothing to show
+    assert not walk(received, 3 * MB + 1000, "no more", end=3 * MB + 900, last=3 * MB + 800)
+    look()
+    assert not received.is_shown
+    received.synced(3 * MB + 1000)
+    look()  # now it is shown
+    assert received.is_shown
+    received.written(3 * MB + 2000)
+    assert not received.is_shown
+    assert not walk(received, 3 * MB + 1500, end=3 * MB + 1400, last=3 * MB + 1300)
+    look()  # it has got to where nothing is on disk
+    received.synced(3 * MB + 2000)
+    look()  # the sync was faster: what there is, is shown
+    assert not received.is_shown
+    received.written(3 * MB + 3000)
+    look()  # and only when all that is on disk was walked over it may go further
+    assert walk(received, 3 * MB + 2000, "no more", end=3 * MB + 2000, last=3 * MB + 1900)
+    look()
+    assert seen == [
+        (1000, 0, 0, 0),
+        (1000, 0, 0, 0),
+        (1000, 900, 1000, 800),
+        (2000, 900, 1000, 800),
+        (2000, 1400, 1500, 1300),
+        (2000, 1400, 1500, 1300),
+        (3000, 2000, 2000, 1900),
+    ]
 
 
 def test_a_walk_that_stops_before_the_last_page_has_found_something_wrong() -> None:
     received = Received()
     received.begin(1, 3 * MB, 3 * MB)
-    received.synced_to = 3 * MB + 5 * PAGE + 200
-    received.walk(1, 3 * MB + 5 * PAGE, "the record is not whole yet")
+    received.synced(3 * MB + 5 * PAGE + 200)
+    walk(received, 3 * MB + 5 * PAGE, "the record is not whole yet")
     assert received.stopped_at is None
-    received.synced_to += PAGE
-    received.walk(1, 3 * MB + 5 * PAGE, "")
+    assert received.is_shown
+    received.written(3 * MB + 6 * PAGE + 200)
+    walk(received, 3 * MB + 5 * PAGE, "invalid record length")
+    assert received.stopped_at is None  # what will be on disk, is not yet
+    received.synced(3 * MB + 6 * PAGE + 200)
+    assert not received.is_shown
+    walk(received, 3 * MB + 5 * PAGE)
     assert received.stopped_at is None
-    received.walk(1, 3 * MB + 5 * PAGE, "invalid record length")
+    walk(received, 3 * MB + 5 * PAGE, "invalid record length")
     assert received.reason == "invalid record length"
     stopped_at: int | None = received.stopped_at
     assert stopped_at == 3 * MB + 5 * PAGE

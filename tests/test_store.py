@@ -50,7 +50,7 @@ class Begun(Stored):
     @property
     def acknowledged(self) -> tuple[int, int]:
         """What is told as flushed, and what those see who read."""
-        return self.store.flush_lsn, self.received.visible_to(1)
+        return self.store.flush_lsn, self.received.synced_to
 
     def partial(self, lsn: int = START) -> Path:
         return self.directory / f"{segment_name(1, lsn // SIZE, SIZE)}.partial"
@@ -236,7 +236,7 @@ def test_another_timeline_goes_into_files_of_its_own(begun: Begun) -> None:
     begun.threads.work()
     # What the old timeline had beyond counts as long as the new one has less.
     assert (begun.store.written_lsn, begun.store.flush_lsn) == (switch, switch)
-    assert begun.received.visible_to(2) == START + SIZE + 2000
+    assert begun.received.synced_to == START + SIZE + 2000
     assert begun.received.visible_to(1) > switch
     begun.store.append(memoryview(old[SIZE + 2000 : SIZE + 3000] + b"new"))
     begun.threads.work()
@@ -550,7 +550,7 @@ class Anything(RuleBasedStateMachine):
     def only_what_is_true_is_told(self) -> None:
         begun, store = self.begun, self.begun.store
         assert store.flush_lsn <= store.written_lsn <= store.received_lsn == begun.end
-        assert begun.received.visible_to(1) == max(store.flush_lsn, START)
+        assert begun.received.synced_to == max(store.flush_lsn, START)
         count = max(store.written_lsn - START, 0)
         assert begun.on_disk()[:count] == begun.given[:count]
         told = (store.written_lsn, store.flush_lsn)

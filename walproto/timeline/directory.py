@@ -48,7 +48,7 @@ class WalDirectory:
     """The WAL in ``directory``, from :meth:`start` to :meth:`stop`.
 
     ``clock`` is the reactor.  ``received`` is what is being received into the directory, if that
-    is so: whoever does it calls :meth:`look` when there is more of it.  ``files`` bounds how many
+    is so: whoever does it calls :meth:`show` when there is more of it.  ``files`` bounds how many
     are kept open, together with others that share it.  ``log_prefix`` is what a line in the log
     begins with, in terms of ``log_fields``.
 
@@ -112,6 +112,23 @@ class WalDirectory:
         if self._next_step is None:
             self._next_step = self._clock.callLater(0, self._step)
 
+    def show(self) -> None:
+        """More of what is received is written or on disk: show at once what was walked over before
+        that, and look soon at what was not."""
+        tail, received = self._tail, self._received
+        assert received is not None
+        if self._ready and tail is not None and self._is_received(tail) and self._newer is None:
+            end = self._fenced(self._end_of(tail))
+            # Whatever else there is to do at the end of a segment, is done in a step.
+            if self.commit_lsn < end < self._walked_from + self.identity.segment_size:
+                self.commit_lsn = end
+                self._end_stamp = None
+                self._progressed()
+                self._observers.tell()
+            if received.is_shown and self.commit_lsn >= end:
+                return
+        self.look()
+
     def fence(self, lsn: int | None) -> None:
         """Let nobody have WAL behind ``lsn``, whatever there is; None ends it."""
         self._fence_is_news |= self._fence != lsn
@@ -126,7 +143,12 @@ class WalDirectory:
     def last_record_lsn(self) -> int:
         """Where the last record begins, or one before it; once ready.  From the segment that this
         is in, the end of WAL can be found."""
-        return min(self.commit_lsn, self._tail.last_record) if self._tail else self.commit_lsn
+        tail = self._tail
+        if tail is None:
+            return self.commit_lsn
+        if self._received is not None and self._is_received(tail):
+            return min(self.commit_lsn, self._received.last_record)
+        return min(self.commit_lsn, tail.last_record)
 
     def forget_before(self, lsn: int) -> None:
         """The segments before the one that begins at ``lsn`` have been removed."""
@@ -209,9 +231,8 @@ class WalDirectory:
             self._publish(tail, stamp)
         progress = self._ready and before != (self._tail, self.commit_lsn)
         if progress:
-            self._last_progress = self._clock.seconds()
             self._end_stamp = stamp if self._tail is tail else None
-            self._end_changed, self._damage = False, None
+            self._progressed()
         elif self._ready and not more:
             # That the last segment changes although WAL does not grow may be damage.
             self._end_changed |= self._end_stamp not in (None, stamp)
@@ -227,12 +248,26 @@ class WalDirectory:
             self._fence_is_news = False
             self._observers.tell()
 
+    def _progressed(self) -> None:
+        """There is more WAL to be had."""
+        self._last_progress = self._clock.seconds()
+        self._end_changed, self._damage = False, None
+
     def _advance(self, tail: Tail) -> bool:
         """Walk on; whether there may be more to walk over at once.  Who receives is told, too."""
         more = tail.advance(STEP)
         if self._received is not None:
-            self._received.walk(tail.history.tli, tail.position, "" if more else tail.reason)
+            reason = "" if more else tail.reason
+            more |= self._received.walk(
+                tail.history.tli, tail.position, tail.end, tail.last_record, reason
+            )
         return more
+
+    def _end_of(self, tail: Tail) -> int:
+        """Up to where the tail's WAL may be shown."""
+        if self._received is None:
+            return tail.end
+        return min(tail.end, self._received.visible_to(tail.history.tli))
 
     def _is_received(self, tail: Tail) -> bool:
         return self._received is not None and tail.history.tli == self._received.tli
@@ -266,13 +301,16 @@ class WalDirectory:
     def _begin_to_serve(self, tail: Tail) -> None:
         """The walk has come to the end of WAL, if there is any WAL."""
         branched_at = tail.history.start_lsn
-        if branched_at and not (tail.is_found and tail.end >= branched_at):
+        is_found = tail.is_found and self._end_of(tail) > tail.start
+        if branched_at and not (is_found and self._end_of(tail) >= branched_at):
             # Of the newest timeline there is too little yet: it will follow the one before.
             history = tail.history.up_to(tail.history.ancestors[-1].tli)
             start = branched_at - branched_at % self.identity.segment_size
             self._tail = Tail(self._segments, self.identity, history, start)
             self.look()
             return
+        if tail.is_found and not is_found:
+            return  # until it is on disk
         if not tail.is_found:
             self._wait_for(f"there is no whole WAL record in {self.directory} yet: {tail.reason}")
             self._segments.close()
@@ -300,13 +338,13 @@ class WalDirectory:
         self._tail = tail
         self._newer = None
         self.history = self._fenced_history(tail.history)
-        self.commit_lsn = self._fenced(tail.end)
+        self.commit_lsn = self._fenced(self._end_of(tail))
         self._walked_from = tail.start
         self._proofs = Proofs(self._segments, self.identity, tail.history)
 
     def _publish(self, tail: Tail, stamp: Stamp | None) -> None:
         """Make known how far the current timeline goes."""
-        end = tail.end
+        end = self._end_of(tail)
         if self._newer is not None:
             # It is known where this timeline ends, though not yet what comes after.
             ancestor = self._newer.history.ancestor(tail.history.tli)
@@ -318,8 +356,6 @@ class WalDirectory:
             self._walked_from += size
 
     def _fenced(self, lsn: int) -> int:
-        if self._received is not None:
-            lsn = min(lsn, self._received.visible_to(self.history.tli))
         return lsn if self._fence is None else min(lsn, self._fence)
 
     def _fenced_history(self, history: History) -> History:
@@ -396,7 +432,7 @@ class WalDirectory:
         if newer is None:
             return False
         more = self._advance(newer)
-        if newer.is_found and newer.end >= newer.history.start_lsn:
+        if newer.is_found and self._end_of(newer) >= newer.history.start_lsn:
             if newer.history != tail.history:
                 self._info(
                     "now serving timeline {new}, which branched off timeline {old} at {switch}",

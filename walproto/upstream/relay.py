@@ -96,7 +96,7 @@ class WalRelay:
         self._turn = 0
         self._said: set[str] = set()
         self._passing: set[str] = set()
-        self._shown = (0, 0)
+        self._shown = (0, 0, 0)
         self._streams_since: float | None = None
         self._newest = self._directory
         self._seen: list[Stamp] = []
@@ -242,10 +242,11 @@ class WalRelay:
         self.timeline.fence(None)
 
     def _progressed(self) -> None:
-        shown = self._received.tli, self._received.synced_to
+        received = self._received
+        shown = received.tli, received.written_to, received.synced_to
         if self._store.flush_lsn and self._shown != shown:
             self._shown = shown
-            self.timeline.look()
+            self.timeline.show()
         if self._conversation is not None:
             self._conversation.progressed()
 

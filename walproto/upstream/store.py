@@ -189,6 +189,7 @@ class Store:
         if lsn > self._writer_lsn:
             self._writer_lsn = lsn
             self.written_lsn = max(self.written_lsn, lsn)
+            self._received.written(lsn)
             self._progressed()
 
     def _done(self, problem: OSError | None) -> None:
@@ -200,7 +201,7 @@ class Store:
         writer.completed.clear()
         if self.written_lsn:
             self.flush_lsn = max(self.flush_lsn, writer.lsn)
-        self._received.synced_to = max(self._received.synced_to, writer.lsn)
+        self._received.synced(writer.lsn)
         if problem is None:
             self._job = []
             if self._complaint:
