@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
@@ -30,6 +31,12 @@ from walproto.wal.writer import SegmentWriter
 
 UNPROVEN = 4 * 1024 * 1024
 """Bytes that may wait to be written and proven before there is to be a pause."""
+
+WAIT = 0.001
+"""Seconds for which the reactor's thread waits until a little is written, at most."""
+
+LITTLE = 64 * 1024
+"""Bytes that are a little: they are written in a few microseconds."""
 
 RETRY = 1.0
 """Seconds between two tries to write."""
@@ -65,6 +72,8 @@ class Store:
         self._job: list[memoryview] = []
         self._job_lsn = 0
         self._is_working = False
+        self._is_written = Lock()
+        self._is_to_tell = False
         self._retry: IDelayedCall | None = None
         self._complaint = ""
         self._awaiting_idle: list[Deferred[None]] = []
@@ -160,11 +169,16 @@ class Store:
 
     def _work(self) -> None:
         """Give the thread all that there is, unless it is at work."""
+        if self._hand_over():
+            self._await_writing()
+
+    def _hand_over(self) -> bool:
+        """As :meth:`_work`; whether there is a job for it."""
         if self._is_working or self._retry is not None:
-            return
+            return False
         if not self._job and not self._pending:
             self._tell_idle()
-            return
+            return False
         writer = self._writer
         assert writer is not None
         if not self._job:
@@ -172,16 +186,38 @@ class Store:
         self._job += self._pending
         self._pending = []
         self._is_working = True
-        self._threads.run(lambda: self._write(writer)).addCallbacks(self._done, self._broken)
+        self._is_to_tell = sum(map(len, self._job)) > LITTLE
+        self._is_written = is_written = Lock()
+        is_written.acquire()
+        result = self._threads.run(lambda: self._write(writer, is_written))
+        result.addCallbacks(self._done, self._broken)
+        return True
 
-    def _write(self, writer: SegmentWriter) -> OSError | None:
+    def _await_writing(self) -> None:
+        """Wait until the job is written, if that is a matter of microseconds.
+
+        Were the thread to tell us by a call, it would be held up just when it is about to sync,
+        for only one of us can run.
+        """
+        if self._is_to_tell:
+            return
+        if not self._is_written.acquire(timeout=WAIT):
+            self._is_to_tell = True
+            if not self._is_written.acquire(blocking=False):  # it may just not have known that
+                return
+        assert self._writer is not None
+        self._written(self._writer.lsn)
+
+    def _write(self, writer: SegmentWriter, is_written: Lock) -> OSError | None:
         """In the thread: write and sync; what went wrong with the writing."""
         problem = None
         try:
             writer.write(self._job_lsn, self._job)
         except OSError as error:
             problem = error
-        self._threads.tell(self._written, writer.lsn)
+        is_written.release()
+        if self._is_to_tell:
+            self._threads.tell(self._written, writer.lsn)
         writer.sync()
         return problem
 
@@ -196,24 +232,28 @@ class Store:
         writer = self._writer
         assert writer is not None
         self._is_working = False
+        self._written(writer.lsn)
         for segment_end, stamp in writer.completed:
             self._received.complete(writer.tli, segment_end, stamp)
         writer.completed.clear()
         if self.written_lsn:
             self.flush_lsn = max(self.flush_lsn, writer.lsn)
         self._received.synced(writer.lsn)
+        is_next = False
         if problem is None:
             self._job = []
             if self._complaint:
                 self._complaint = ""
                 self._log.warn("writing to {directory} again", directory=str(self._directory))
-            self._work()
+            is_next = self._hand_over()
         elif self.is_closed:
             self._give_up()
         else:
             self._complain(problem)
             self._retry = self._clock.callLater(RETRY, self._try_again)
         self._progressed()
+        if is_next:
+            self._await_writing()
 
     def _complain(self, problem: OSError) -> None:
         complaint = problem.strerror or str(problem)

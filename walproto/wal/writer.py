@@ -37,6 +37,7 @@ class SegmentWriter:
         self._segment_size = segment_size
         self._lsn = lsn
         self._fd: int | None = None
+        self._partial = directory
         self._directory_fd: int | None = None
         self._is_unnamed = False
         self.completed: list[tuple[int, Stamp]] = []
@@ -67,9 +68,9 @@ class SegmentWriter:
     def sync(self) -> None:
         """Have all that is written on disk when this returns.  Raises SyncError."""
         if self._fd is not None:
-            _sync(os.fdatasync, self._fd, self._path(".partial"))
+            _sync(os.fdatasync, self._fd, self._partial)
             if os.fstat(self._fd).st_nlink == 0:
-                raise SyncError(f'file "{self._path(".partial")}" was removed')
+                raise SyncError(f'file "{self._partial}" was removed')
 
     def close(self) -> None:
         self._close_segment()
@@ -116,6 +117,7 @@ class SegmentWriter:
                 with suppress(OSError):
                     partial.unlink()
             raise
+        self._partial = partial
         return fd
 
     def _complete(self) -> None:
