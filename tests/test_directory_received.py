@@ -204,6 +204,88 @@ class Synced(Receiving):
         # Half a record is nothing to be told of.
         self.assertEqual(self.come(self.wal.records[30].last - 1), 0)
 
+    def test_what_was_walked_over_while_it_was_synced_is_shown_at_once(self) -> None:
+        self.begin(built(3.5))
+        self.start()
+        self.come(self.wal.start + 50_000)
+        for size in (60_000, 70_000, 70_100, 300_000):
+            end = self.wal.end_of(self.wal.start + size)
+            seen, told = self.directory.commit_lsn, self.told
+            self.write(end)
+            self.directory.show()
+            self.settle()
+            self.assertEqual((self.directory.commit_lsn, self.told), (seen, told))
+            self.received.synced(end)
+            self.assertEqual((self.directory.commit_lsn, self.told), (seen, told))
+            self.directory.show()
+            self.assertEqual((self.directory.commit_lsn, self.told), (end, told + (end > seen)))
+            self.assertEqual(len(self.clock.getDelayedCalls()), 1)  # there is no more to do
+            self.assert_same(seen, self.directory.commit_lsn)
+
+    def test_what_was_not_walked_over_yet_is_not_shown_though_it_is_synced(self) -> None:
+        self.begin(built(1))
+        self.start()
+        self.come(self.wal.start + 50_000)
+        seen = self.directory.commit_lsn
+        self.write(self.wal.start + 90_000)
+        self.received.synced(self.writer.lsn)
+        self.directory.show()
+        self.assertEqual(self.directory.commit_lsn, seen)
+        self.settle()
+        self.assertEqual(self.directory.commit_lsn, self.wal.end_of(self.wal.start + 90_000))
+
+    def test_a_fence_is_not_passed_by_what_is_shown_at_once(self) -> None:
+        self.begin(built(1))
+        self.start()
+        self.come(self.wal.start + 50_000)
+        fence = self.wal.end_of(self.wal.start + 60_000)
+        self.directory.fence(fence)
+        self.settle()
+        self.write(self.wal.start + 90_000)
+        self.look()
+        self.received.synced(self.writer.lsn)
+        self.directory.show()
+        self.assertEqual(self.directory.commit_lsn, fence)
+        self.settle()
+        self.assertEqual(self.directory.commit_lsn, fence)
+
+    def test_the_last_record_is_one_that_is_on_disk(self) -> None:
+        """Though the walk is further: from its segment the end must be found after a crash."""
+        wal = WalBuilder()
+        wal.records_to(2 * MB - 5000)
+        last = wal.fill_to(2 * MB)
+        wal.records_to(2 * MB + 50_000)
+        self.begin(wal)
+        self.start()
+        self.come(2 * MB)
+        self.assertEqual(self.directory.commit_lsn, 2 * MB)
+        self.write(2 * MB + 40_000)
+        self.assertEqual(self.look(), 0)
+        self.assertEqual(self.directory.commit_lsn, 2 * MB)
+        self.assertEqual(self.directory.last_record_lsn, last.start)
+        self.sync()
+        self.assertGreater(self.directory.last_record_lsn, 2 * MB)
+
+    def test_wrong_wal_is_found_wrong_when_it_is_on_disk(self) -> None:
+        wal = built(1)
+        self.begin(wal)
+        self.start()
+        self.come(wal.start + 50_000)
+        wrong = next(one for one in wal.records if one.start > wal.start + 100_000)
+        data = bytearray(wal.image[:200_000])
+        data[wrong.start - wal.start + 40] ^= 1
+        start = self.writer.lsn
+        piece = memoryview(data)[start - wal.start :]
+        self.received.append(piece)
+        self.writer.write(start, [piece])
+        self.received.written(self.writer.lsn)
+        self.assertEqual(self.look(), 0)
+        self.assertIsNone(self.received.stopped_at)
+        self.sync()
+        self.assertEqual(self.received.stopped_at, wrong.start)
+        self.assertEqual(self.directory.commit_lsn, wrong.start)
+        self.assertLessEqual(self.received.proven_to, wrong.start)
+
     def test_nothing_happens_but_a_slow_look_around(self) -> None:
         self.begin(built(1))
         self.start()

@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,10 +20,12 @@ from twisted.logger import capturedLogs
 
 from tests.test_watch import open_files
 from tests.upstream_fakes import Logged, Stored
-from tests.wal_builder import WalBuilder
+from tests.wal_builder import MB, WalBuilder
 from walproto.lsn import segment_name
 from walproto.timeline.holding import examine
-from walproto.upstream.store import RETRY, UNPROVEN
+from walproto.timeline.received import Received
+from walproto.upstream import store as store_module
+from walproto.upstream.store import LITTLE, RETRY, UNPROVEN, Store
 from walproto.wal.writer import SyncError
 
 SIZE = 64 * 1024
@@ -122,6 +125,55 @@ def test_nothing_counts_before_it_is_synced(begun: Begun, monkeypatch: pytest.Mo
     begun.threads.finish()
     assert (begun.store.written_lsn, *begun.acknowledged) == (begun.end, begun.end, begun.end)
     assert begun.progress == [(begun.end, 0), (begun.end, begun.end)]
+
+
+class Threaded:
+    """Threads of which there is one; that a job is done, nobody hears."""
+
+    def __init__(self) -> None:
+        self.told = 0
+        self.jobs: list[threading.Thread] = []
+
+    def run(self, work: Callable[[], object]) -> Deferred[object]:
+        self.jobs.append(threading.Thread(target=work))
+        self.jobs[-1].start()
+        return Deferred()
+
+    def tell(self, what: Callable[..., object], *arguments: object) -> None:
+        self.told += 1
+
+
+@pytest.mark.parametrize(("size", "is_little"), [(1000, True), (LITTLE, True), (LITTLE + 1, False)])
+def test_that_a_little_is_written_is_known_while_it_is_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, is_little: bool
+) -> None:
+    """Without the thread having to tell it; of more it is told."""
+    monkeypatch.setattr(store_module, "WAIT", 60.0)
+    syncing, is_enough = threading.Event(), threading.Event()
+
+    def fdatasync(fd: int) -> None:
+        syncing.set()
+        is_enough.wait()
+
+    threads, progress = Threaded(), []
+    received = Received()
+    store = Store(
+        tmp_path,
+        received,
+        Clock(),
+        threads,
+        lambda: progress.append((store.written_lsn, store.flush_lsn, received.written_to)),
+        lambda error: None,
+    )
+    store.begin(1, 16 * MB, MB, synced_to=16 * MB, flush_lsn=0)
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    store.append(memoryview(bytes(size)))
+    end = 16 * MB + size
+    assert progress == ([(end, 0, end)] if is_little else [])
+    assert syncing.wait(60)
+    assert threads.told == (not is_little)
+    is_enough.set()
+    threads.jobs[0].join()
 
 
 def test_what_comes_while_the_disk_is_busy_goes_into_one_sync(
