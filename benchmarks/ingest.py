@@ -84,7 +84,9 @@ def make_wal(primary: Cluster, megabytes: int) -> Wal:
     with primary.client("pgbench", "-n", "-M", "prepared", "-c", "4", "-T", "3600", "postgres"):
         wanted = int_to_lsn(start + megabytes * 1_000_000)
         primary.wait_until(f"pg_current_wal_flush_lsn() >= '{wanted}'", TOO_LONG)
-    return Wal(start, lsn_to_int(primary.switch_wal()))
+    end = lsn_to_int(primary.switch_wal())
+    primary.lsn()  # pg_receivewal wants to see a little more, lest it waits
+    return Wal(start, end)
 
 
 def measure(
@@ -97,8 +99,8 @@ def measure(
     """Have each of the receivers receive the WAL, in each round in turn; its results, one for each
     round.
 
-    The primary must keep the WAL, and nobody else should receive from it.  What is received is
-    removed again.
+    The primary must keep the WAL and have a little more behind it, and nobody else should receive
+    from it.  What is received is removed again.
     """
     results: dict[str, list[Result]] = {receiver: [] for receiver in receivers}
     for number in range(rounds):
