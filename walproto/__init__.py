@@ -54,6 +54,7 @@ producer, bytes.  A module imports only from those above it in this list:
 - :mod:`walproto.server.settings`: configuration parameters
 - :mod:`walproto.server.lent_socket`: the sending half of a connection
 - :mod:`walproto.server.transports`: what a transport tells of its connection
+- :mod:`walproto.server.channels`: past a transport, as far as that is in order
 - :mod:`walproto.server.configuration`: how it is served
 - :mod:`walproto.server.results`: what answers are made of
 - :mod:`walproto.server.encryption`: TLS on a connection

@@ -16,13 +16,8 @@ things holds it up:
 - *Somebody asked for a keepalive*, which goes out between two pieces; while the transport is
   blocked it is only remembered, and however many are asked for, one is sent.
 
-The piece is read into a buffer that all producers share, its header packed in front of it, and on
-a bare TCP or Unix transport handed to the socket at once.  Only what the socket does not take goes
-to the transport's own buffer.  That is in order only as long as nothing is waiting in there; so
-whatever we do give to the transport, we wait until it is gone, by setting the transport's
-``producerPaused``, upon which it resumes us once its buffer is empty.  Under TLS, or any protocol
-that wraps another, bytes on the socket would go out in clear or out of order; there the
-transport's ``write`` is used for all.
+The piece is read into a buffer that all producers share, its header packed in front of it, and
+handed to a :class:`~walproto.server.channels.Channel`, which sends it past the transport if it can.
 
 Clients that follow the tail all want the same piece at the same time.  The buffer remembers which
 one it holds, so that it is read once, and sent to all of them.
@@ -30,7 +25,6 @@ one it holds, so that it is read once, and sent to all of them.
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Protocol
 
 from twisted.internet.interfaces import (
@@ -42,7 +36,7 @@ from zope.interface import implementer
 
 from walproto.errors import ReportedError
 from walproto.lsn import PAGE_SIZE
-from walproto.server.transports import bare_socket
+from walproto.server.channels import channel_to
 from walproto.server.turns import Turns
 from walproto.timeline.interfaces import ITimeline
 from walproto.timeline.replicas import Replica
@@ -124,7 +118,7 @@ class WalProducer:
         self._turns = turns
         self._clock = clock
         self._listener = listener
-        self._socket = bare_socket(transport)
+        self._channel = channel_to(transport)
         self._sendable_to = 0
         self._paused = False
         self._stopped = False
@@ -146,7 +140,7 @@ class WalProducer:
         that copying begins, and begin."""
         self._transport.registerProducer(self, True)  # type: ignore[attr-defined]
         if not in_copy_mode:
-            self._write(CopyBothResponse.build())
+            self._channel.write(CopyBothResponse.build())
         self._timeline.add_observer(self._go_on)
         self._ask_for_turn()
 
@@ -168,7 +162,7 @@ class WalProducer:
             return
         self._keepalive_owed = None
         now = postgres_time(self._clock.seconds())
-        self._send(keepalive(self._replica.sent_lsn, now, reply_requested))
+        self._channel.send(keepalive(self._replica.sent_lsn, now, reply_requested))
 
     # --- IPushProducer, for the transport to call ------------------------------------------
 
@@ -240,7 +234,7 @@ class WalProducer:
             return False
         replica.sent_lsn = end
         self._last_sent = now
-        self._send(message)
+        self._channel.send(message)
         return True
 
     def _cut(self, start: int, end: int) -> int:
@@ -250,18 +244,3 @@ class WalProducer:
         end = min(end, start - start % segment_size + segment_size)
         furthest = start + PIECE_SIZE
         return end if end <= furthest else furthest - furthest % PAGE_SIZE
-
-    def _send(self, message: memoryview | bytes) -> None:
-        sent = 0
-        if self._socket is not None:
-            with suppress(OSError):  # would it block, or is it gone?  The transport finds out.
-                sent = self._socket.send(message)
-            if sent == len(message):
-                return
-        self._write(bytes(message[sent:]))
-
-    def _write(self, data: bytes) -> None:
-        """Send through the transport, and on a bare one wait until its buffer is empty again."""
-        self._transport.write(data)
-        if self._socket is not None:
-            self._paused = self._transport.producerPaused = True  # type: ignore[attr-defined]
