@@ -190,12 +190,15 @@ def test_a_follower_that_does_not_read(client: Client, timeline: MemoryTimeline)
     client.wire.send(STREAM)
     client.wire.until(lambda: "W" in client.told)
     client.server.until(lambda: not client.transport.producerPaused, "nothing is held up")
-    for end in range(START + PAGE, START + SIZE, PAGE):
+    end = START
+    while not client.held and end < START + SIZE - 4 * PAGE:
+        end += PAGE
         timeline.commit(end)
-    assert timeline.reads[-1][1] < START + SIZE - PAGE
+    timeline.commit(end + 3 * PAGE)
+    assert timeline.reads[-1][1] == end
     assert 0 < client.held < PAGE + 100
-    client.read(lambda: client.has(SIZE // PAGE * PAGE))
-    assert client.wal == timeline.bytes_of(START, timeline.commit_lsn)
+    client.wire.until(lambda: client.has(end + 3 * PAGE - START))
+    assert client.wal == timeline.bytes_of(START, end + 3 * PAGE)
 
 
 # --- What else is said ---------------------------------------------------------------------------
