@@ -24,15 +24,15 @@ class LentSocket:
         self.socket = socket
         self.producerPaused = False
         self._reactor = reactor
-        self._producer: IPushProducer | None = None
+        self.producer: IPushProducer | None = None
         self._unsent = bytearray()
         self._is_broken = False
 
     def registerProducer(self, producer: IPushProducer, streaming: bool) -> None:
-        self._producer = producer
+        self.producer = producer
 
     def unregisterProducer(self) -> None:
-        self._producer = None
+        self.producer = None
 
     def write(self, data: bytes) -> None:
         if not self._is_broken:
@@ -63,9 +63,9 @@ class LentSocket:
         del self._unsent[:sent]
         if not self._unsent:
             self._reactor.removeWriter(self)
-            if self._producer is not None and self.producerPaused:
+            if self.producer is not None and self.producerPaused:
                 self.producerPaused = False
-                self._producer.resumeProducing()
+                self.producer.resumeProducing()
         return None
 
     def connectionLost(self, reason: Failure) -> None:
