@@ -68,7 +68,7 @@ class Client:
         self.server = server
         self.timeline = timeline
         self.wire = wire
-        self.most_held = PIECE_SIZE + 1000
+        self.most_held = PIECE_SIZE * 101 // 100
         """A bound for what the server holds back: a piece, as TLS has it."""
         self.transport = _transport(server)
         self.transport.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)

@@ -48,8 +48,8 @@ from walproto.wire.replication import (
     postgres_time,
 )
 
-PIECE_SIZE = 16 * PAGE_SIZE
-"""Bytes of WAL in a message, at most; PostgreSQL's MAX_SEND_SIZE."""
+PIECE_SIZE = 32 * PAGE_SIZE
+"""Bytes of WAL in a message, at most.  PostgreSQL has half of that (MAX_SEND_SIZE)."""
 
 BURST = 8
 """Pieces that a client is sent before it is others' turn."""

@@ -19,7 +19,6 @@ from twisted.internet.interfaces import (
     IDelayedCall,
     IHalfCloseableProtocol,
     IHandshakeListener,
-    ITCPTransport,
 )
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.logger import Logger
@@ -46,7 +45,7 @@ from walproto.server.producer import WalProducer
 from walproto.server.reader import Reader
 from walproto.server.service import Stream
 from walproto.server.session import Session
-from walproto.server.transports import peer_of
+from walproto.server.transports import peer_of, tune
 from walproto.timeline.replicas import Replica
 from walproto.wire.startup import Cancellation, Startup
 
@@ -101,9 +100,7 @@ class WalSenderProtocol(Protocol):
 
     def connectionMade(self) -> None:
         self.peer = peer_of(self.transport)
-        if ITCPTransport.providedBy(self.transport):
-            self.transport.setTcpNoDelay(True)
-            self.transport.setTcpKeepAlive(True)
+        tune(self.transport)
         self.factory.connections[self.pid] = self
         self._encryption = Encryption(self.transport, self._configuration.tls)
         self._reader = Reader(self.transport, self._clock, self._deal)

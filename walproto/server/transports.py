@@ -8,15 +8,19 @@ from contextlib import suppress
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any, Protocol
 
-from twisted.internet import tcp
+from twisted.internet import tcp, unix
 from twisted.internet.address import UNIXAddress
-from twisted.internet.interfaces import ISSLTransport
+from twisted.internet.interfaces import ISSLTransport, ITCPTransport
 from twisted.protocols.haproxy._wrapper import HAProxyProtocolWrapper
 from twisted.protocols.policies import ProtocolWrapper
 from twisted.python.failure import Failure
 
 from walproto.access.peer import Peer, Tls
 from walproto.server.lent_socket import LentSocket
+
+
+UNIX_SEND_BUFFER = 4 << 20
+"""Bytes that may be under way to a client on a Unix socket; the system may allow less."""
 
 
 class ServerTls(Protocol):
@@ -42,6 +46,16 @@ class ServerTls(Protocol):
 
     def reason_of(self, failure: Failure) -> str:
         """Why a handshake has failed, in a few words; empty if the connection was just lost."""
+
+
+def tune(transport: Any) -> None:
+    """Have the kernel send small messages at once and notice that a client is gone (TCP), or take
+    as much of a large one (a Unix socket, which by default takes not even one)."""
+    if ITCPTransport.providedBy(transport):
+        transport.setTcpNoDelay(True)
+        transport.setTcpKeepAlive(True)
+    elif isinstance(transport, unix.Server):
+        transport.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_SEND_BUFFER)
 
 
 def peer_of(transport: Any) -> Peer:
