@@ -23,6 +23,7 @@ from walproto.lsn import format_lsn
 from walproto.timeline.directory import PATIENCE, WalDirectory
 from walproto.timeline.history import Ancestor, History
 from walproto.timeline.interfaces import ITimeline
+from walproto.timeline.observers import LONGEST, REST
 from walproto.timeline.succession import RELIST
 from walproto.timeline.watch import FAST_POLL
 
@@ -305,6 +306,38 @@ class Following(InMemory):
         self.put(wal, MB)
         self.look()
         self.assertEqual(len(told), 1)
+
+    def test_when_telling_took_long_changes_are_looked_at_when_they_will_be_told(self) -> None:
+        wal = built(1)
+        self.put(wal, MB, shown=9000)
+        self.start()
+        took = LONGEST / REST
+
+        def take_long() -> None:
+            self.clock.rightNow += took
+
+        self.directory.add_observer(take_long)
+        self.put(wal, MB, shown=20_000)
+        self.directory._changed()
+        self.clock.advance(0)
+        self.assertEqual(self.told, 2)
+        for shown in (30_000, 40_000):
+            self.put(wal, MB, shown=shown)
+            self.directory._changed()
+            self.clock.advance(LONGEST / 3)
+            self.assertEqual(self.told, 2)
+        self.clock.advance(LONGEST / 3 + 0.0001)
+        self.assertEqual(self.told, 3)
+        self.put(wal, MB, shown=50_000)
+        self.directory._changed()
+        self.directory.look()  # somebody else asks, and waits for it
+        before = self.directory.commit_lsn
+        self.clock.advance(0)
+        self.assertGreater(self.directory.commit_lsn, before)
+        self.assertEqual(self.told, 3)
+        self.clock.advance(LONGEST)
+        self.assertEqual(self.told, 4)
+        self.directory.remove_observer(take_long)
 
     def test_large_amounts_are_walked_over_in_steps(self) -> None:
         wal = built(1)

@@ -125,6 +125,31 @@ class WithInotify(TestCase):
         watch.stop()
         self.assertEqual(clock.time.getDelayedCalls(), [])
 
+    async def test_what_comes_during_a_pause_is_noticed_behind_it(self) -> None:
+        told, other = Deferred[None](), Deferred[None]()
+
+        def watch(deferred: Deferred[None]) -> DirectoryWatch:
+            def changed() -> None:
+                if not deferred.called:
+                    deferred.callback(None)
+
+            watch = DirectoryWatch(self.directory, _Reactor(), changed)
+            watch.start()
+            self.addCleanup(watch.stop)
+            return watch
+
+        paused = watch(told)
+        paused.pause()
+        paused.pause()
+        (self.directory / "new").touch()
+        watch(other)  # which is told of the next change, when the paused one would be of both
+        self.file.write_bytes(b"other")
+        await other
+        self.assertFalse(told.called)
+        paused.resume()
+        paused.resume()
+        await told
+
     def test_nothing_stays_open(self) -> None:
         before = open_files()
         watch = DirectoryWatch(

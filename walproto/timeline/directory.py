@@ -76,9 +76,10 @@ class WalDirectory:
         self._files = files
         self._log_prefix = log_prefix
         self._log_fields = log_fields or {}
-        self._watch = DirectoryWatch(self.directory, clock, self.look, by_inotify=not received)
+        self._watch = DirectoryWatch(self.directory, clock, self._changed, by_inotify=not received)
         self._observers = Observers(clock)
         self._next_step: IDelayedCall | None = None
+        self._is_resting = False
         self._ready = False
         self._waiting_for = ""
         self._said: set[str] = set()
@@ -111,6 +112,19 @@ class WalDirectory:
         """Have a look soon: something in the directory may have changed."""
         if self._next_step is None:
             self._next_step = self._clock.callLater(0, self._step)
+        elif self._is_resting:
+            self._is_resting = False
+            self._next_step.reset(0)
+
+    def _changed(self) -> None:
+        """The watch has noticed something: have a look when what is found will be told."""
+        rest = self._observers.rest
+        if not rest:
+            self.look()
+        elif self._next_step is None:
+            self._is_resting = True
+            self._watch.pause()
+            self._next_step = self._clock.callLater(rest, self._step)
 
     def show(self) -> None:
         """More of what is received is written or on disk: show at once what was walked over before
@@ -217,6 +231,8 @@ class WalDirectory:
 
     def _step(self) -> None:
         self._next_step = None
+        self._is_resting = False
+        self._watch.resume()
         tail = self._tail or self._find_tail()
         if tail is None:
             return

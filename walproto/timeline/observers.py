@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
-REST = 12
+REST = 20
 """How many times as long as the telling took nothing is told."""
 LONGEST = 0.010
 """Seconds that news waits, at most."""
@@ -36,14 +36,20 @@ class Observers:
     def remove(self, observer: Callable[[], None]) -> None:
         self._observers.discard(observer)
 
+    @property
+    def rest(self) -> float:
+        """Seconds until news would be told."""
+        rest = self._not_before - self._clock.seconds()
+        return rest if rest >= SHORTEST else 0.0
+
     def tell(self) -> None:
         """There is news: tell it now, or when it is time for that."""
         if self._waiting is None:
-            wait = self._not_before - self._clock.seconds()
-            if wait < SHORTEST:
-                self._tell()
+            rest = self.rest
+            if rest:
+                self._waiting = self._clock.callLater(rest, self._tell)
             else:
-                self._waiting = self._clock.callLater(wait, self._tell)
+                self._tell()
 
     def stop(self) -> None:
         """Tell nothing more."""

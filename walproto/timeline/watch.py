@@ -65,6 +65,16 @@ class Inotify:
             self._notifier.ignore(FilePath(bytes(directory)))
         self._close_if_unused()
 
+    def pause(self) -> None:
+        """Hear of nothing for a while."""
+        if self._notifier is not None:
+            self._notifier.stopReading()
+
+    def resume(self) -> None:
+        """Hear of it all, the same changes only once."""
+        if self._notifier is not None:
+            self._notifier.startReading()
+
     def _close_if_unused(self) -> None:
         if self._notifier is not None and not self._watched:
             self._notifier.stopReading()
@@ -92,7 +102,9 @@ class DirectoryWatch:
         self._changed = changed
         self._by_inotify = by_inotify
         self._inotify = inotify or Inotify(clock)
+        self._is_shared = inotify is not None
         self._is_notified = False
+        self._is_paused = False
         self._poll: IDelayedCall | None = None
 
     def start(self) -> None:
@@ -107,6 +119,17 @@ class DirectoryWatch:
         if self._is_notified:
             self._is_notified = False
             self._inotify.ignore(self._directory)
+
+    def pause(self) -> None:
+        """Be told of nothing at once, if nobody else wants to be."""
+        if self._is_notified and not self._is_shared:
+            self._is_paused = True
+            self._inotify.pause()
+
+    def resume(self) -> None:
+        if self._is_paused:
+            self._is_paused = False
+            self._inotify.resume()
 
     def _start_inotify(self) -> bool:
         """Watch by inotify; whether that is to be had."""
