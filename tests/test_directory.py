@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from twisted.internet import reactor
@@ -20,7 +20,7 @@ from zope.interface.verify import verifyObject
 from tests.wal_builder import MB, PAGE, SYSTEM, WalBuilder
 from walproto.errors import CannotConnectNow, DataCorrupted, InternalError, UndefinedFile
 from walproto.lsn import format_lsn
-from walproto.timeline.directory import PATIENCE, WalDirectory
+from walproto.timeline.directory import LONG_PATIENCE, PATIENCE, WalDirectory
 from walproto.timeline.history import Ancestor, History
 from walproto.timeline.interfaces import ITimeline
 from walproto.timeline.observers import LONGEST, REST
@@ -92,6 +92,18 @@ class InMemory(SynchronousTestCase):
 
     def put_history(self, wal: WalBuilder, contents: bytes | None = None) -> None:
         (self.path / wal.name).write_bytes(wal.history_contents if contents is None else contents)
+
+    def note_listings(self, others: Iterable[str] = ()) -> list[str]:
+        """Which directories are listed from now on; ``others`` are in there, too."""
+        listed: list[str] = []
+        real = os.listdir
+
+        def note(path: str) -> list[str]:
+            listed.append(path)
+            return [*real(path), *others]
+
+        self.patch(os, "listdir", note)
+        return listed
 
     def read(self, start: int, end: int, tli: int = 1) -> bytes:
         buffer = bytearray(end - start)
@@ -587,6 +599,27 @@ class Later(InMemory):
         self.assert_served(self.wal)
         self.assertEqual(self.lines("going on from there"), [])
 
+    def test_a_directory_that_does_not_change_is_seldom_looked_through(self) -> None:
+        listed = self.note_listings()
+        self.clock.advance(self.path.stat().st_mtime + PATIENCE)
+        self.look()
+        del listed[:]
+        self.clock.advance(PATIENCE)
+        self.look()
+        self.assertEqual(listed, [])
+        (self.path / "x").touch()
+        self.look()
+        del listed[:]  # it was looked for timelines
+        self.clock.advance(PATIENCE)
+        self.look()
+        self.assertEqual(len(listed), 1)
+        self.clock.advance(LONG_PATIENCE - PATIENCE)
+        self.look()
+        self.assertEqual(len(listed), 1)
+        self.clock.advance(PATIENCE)
+        self.look()
+        self.assertEqual(len(listed), 2)
+
 
 class Timelines(InMemory):
     """A promotion, seen from here."""
@@ -650,19 +683,31 @@ class Timelines(InMemory):
     def test_a_directory_that_has_not_changed_for_long_is_not_listed(self) -> None:
         self.clock.advance(self.path.stat().st_mtime + 2 * RELIST)
         self.look()
-        listed: list[str] = []
-        real = os.listdir
-
-        def note(path: str) -> list[str]:
-            listed.append(path)
-            return real(path)
-
-        self.patch(os, "listdir", note)
+        listed = self.note_listings()
         self.look()
         self.assertEqual(listed, [])
         (self.path / "x").touch()
         self.look()
         self.assertEqual(len(listed), 1)
+
+    def test_a_large_directory_that_keeps_changing_is_listed_now_and_then(self) -> None:
+        listed = self.note_listings(["x"] * 100_000)
+        for lsn in range(self.switch + MB, self.switch + 10 * MB, MB):
+            self.put(self.parent, lsn, 0)
+            self.look()
+        self.assertEqual(len(listed), 1)
+        self.clock.advance(9.5)
+        self.look()
+        self.assertEqual(len(listed), 1)
+        self.clock.advance(0.5)
+        self.look()
+        self.assertEqual(len(listed), 2)
+        # The timeline that comes next is not waited for.
+        for lsn in (self.switch, self.switch + MB):
+            self.put(self.child, lsn)
+        self.put_history(self.child)
+        self.look()
+        self.assert_switched()
 
     def test_a_history_is_still_being_written(self) -> None:
         contents = self.child.history_contents

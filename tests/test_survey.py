@@ -249,12 +249,11 @@ def test_histories_are_loaded(tmp_path: Path) -> None:
         load_history(tmp_path, 2)
 
 
-def test_newer_timelines_are_listed_the_newest_first(tmp_path: Path) -> None:
-    for name in (
+def test_newer_timelines_are_listed_the_newest_first() -> None:
+    entries = [
         *("00000001.history", "00000003.history", "0000000A.history", "00000004.history.tmp"),
         *("0000000b.history", "00000005.histor", "000000040000000000000001"),
-    ):
-        (tmp_path / name).touch()
-    assert newer_timelines(tmp_path, 1) == [10, 3]
-    assert newer_timelines(tmp_path, 3) == [10]
-    assert newer_timelines(tmp_path, 10) == []
+    ]
+    assert newer_timelines(entries, 1) == [10, 3]
+    assert newer_timelines(entries, 3) == [10]
+    assert newer_timelines(entries, 10) == []

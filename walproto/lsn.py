@@ -72,6 +72,11 @@ def parse_segment_name(name: str) -> SegmentName | None:
     return SegmentName(int(tli, 16), int(high, 16), int(low, 16), partial is not None)
 
 
+def is_segment_name(name: str) -> bool:
+    """Whether ``name`` is that of a segment, ``.partial`` or complete."""
+    return _SEGMENT_NAME.match(name) is not None
+
+
 def segment_name(tli: int, segno: int, segment_size: int) -> str:
     """The name of a segment's file (``XLogFileName``)."""
     high, low = divmod(segno, 0x1_0000_0000 // segment_size)

@@ -29,7 +29,7 @@ from walproto.timeline.observers import Observers
 from walproto.timeline.proofs import Proofs
 from walproto.timeline.received import Received, ReceivedSegments
 from walproto.timeline.replicas import Replicas
-from walproto.timeline.succession import Succession
+from walproto.timeline.succession import RELIST, Succession
 from walproto.timeline.survey import survey
 from walproto.timeline.tail import Tail
 from walproto.timeline.watch import DirectoryWatch
@@ -41,6 +41,8 @@ STEP = 256 * 1024
 
 PATIENCE = 30.0
 """Seconds without news after which it is looked whether WAL goes on behind a gap."""
+LONG_PATIENCE = 10 * PATIENCE
+"""The same when nothing was removed, renamed or created in the directory."""
 
 
 @implementer(IFiledTimeline)
@@ -87,6 +89,8 @@ class WalDirectory:
         self._newer: Tail | None = None
         self._walked_from = 0
         self._last_progress = 0.0
+        self._gap_stamp: float | None = None
+        self._gap_looked = 0.0
         self._end_stamp: Stamp | None = None
         self._end_changed = False
         self._stopped_at = 0
@@ -419,6 +423,10 @@ class WalDirectory:
             return
         self._last_progress = now
         try:
+            stamp = self.directory.stat().st_mtime
+            if stamp == self._gap_stamp and now - self._gap_looked < LONG_PATIENCE:
+                return
+            self._gap_stamp, self._gap_looked = stamp if now - stamp > RELIST else None, now
             found = survey(self.directory)
         except (OSError, ValueError):
             return

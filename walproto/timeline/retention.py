@@ -25,7 +25,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from walproto.errors import AdminShutdown, CannotConnectNow
-from walproto.lsn import format_lsn, parse_segment_name
+from walproto.lsn import format_lsn, parse_segment_name, segment_name
 from walproto.timeline.directory import WalDirectory
 from walproto.timeline.slot_file import DAMAGED
 from walproto.timeline.slots import Slots
@@ -55,7 +55,10 @@ class Removal:
 
 def old_segments(directory: Path, segment_size: int, segno: int) -> list[str]:
     """The segments before number ``segno`` of all timelines, the oldest first.  Raises OSError."""
-    found = (parse_segment_name(entry) for entry in os.listdir(directory))
+    end = segment_name(1, segno, segment_size)[8:]
+    # Names in a timeline are in order as they are: few of many have to be parsed.
+    entries = [entry for entry in os.listdir(directory) if entry[8:24] < end]
+    found = map(parse_segment_name, entries)
     names = [name for name in found if name and name.is_possible(segment_size)]
     old = [name for name in names if name.segno(segment_size) < segno]
     return list(map(str, sorted(old, key=lambda name: (name.segno(segment_size), name))))

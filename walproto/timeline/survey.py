@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,7 @@ from pathlib import Path
 from walproto.lsn import (
     SegmentName,
     history_name,
+    is_segment_name,
     parse_history_name,
     parse_segment_name,
 )
@@ -55,15 +56,13 @@ def survey(directory: Path) -> Survey | None:
 
     Raises OSError if it cannot be read, ValueError if what is there is in a format we do not know.
     """
-    names = sorted(
-        (name for entry in os.listdir(directory) if (name := parse_segment_name(entry))),
-        key=lambda name: (name.tli, name.high, name.low, not name.partial),
-        reverse=True,
-    )
+    # Names are in order as they are, the newest timeline's newest first; to parse all of them would
+    # take a second and much memory, if there are 100,000.
+    names = sorted(filter(is_segment_name, os.listdir(directory)), reverse=True)
     voters = list(islice(_segments(directory, names), _VOTERS))
     if not voters:
         if names:
-            _check_format(directory / str(names[0]))
+            _check_format(directory / names[0])
         return None
     identity = Counter(voter for voter, _, _ in voters).most_common(1)[0][0]
     notes: list[str] = []
@@ -89,8 +88,8 @@ def survey(directory: Path) -> Survey | None:
                 "those before it: copy it there from the server's pg_wal"
             )
         tlis = {name.tli} | {ancestor.tli for ancestor in history.ancestors}
-        first = min(name.segno(identity.segment_size) for name in names if name.tli in tlis)
-        return Survey(identity, history, first * identity.segment_size, lsn, tuple(notes))
+        first_lsn = _first_lsn(names, tlis, identity.segment_size)
+        return Survey(identity, history, first_lsn, lsn, tuple(notes))
     return None
 
 
@@ -107,9 +106,10 @@ def load_history(directory: Path, tli: int) -> History:
     return parse_history(tli, contents)
 
 
-def newer_timelines(directory: Path, tli: int) -> list[int]:
-    """The timelines above ``tli`` that have a history file, the newest first.  Raises OSError."""
-    found = (parse_history_name(entry) for entry in os.listdir(directory))
+def newer_timelines(entries: Iterable[str], tli: int) -> list[int]:
+    """The timelines above ``tli`` that have a history file among the ``entries`` of a directory,
+    the newest first."""
+    found = (parse_history_name(entry) for entry in entries if entry.endswith(".history"))
     return sorted((newer for newer in found if newer is not None and newer > tli), reverse=True)
 
 
@@ -130,17 +130,24 @@ def _check_format(path: Path) -> None:
         )
 
 
-def _segments(
-    directory: Path, names: list[SegmentName]
-) -> Iterator[tuple[Identity, SegmentName, int]]:
+def _first_lsn(names: Iterable[str], tlis: set[int], segment_size: int) -> int:
+    """Where the oldest of the named segments begins that are of one of these timelines."""
+    wanted = {f"{tli:08X}" for tli in tlis}
+    end = f"{0x1_0000_0000 // segment_size:08X}"
+    oldest = min(name[8:24] for name in names if name[:8] in wanted and name[16:24] < end)
+    return int(oldest[:8], 16) << 32 | int(oldest[8:], 16) * segment_size
+
+
+def _segments(directory: Path, names: list[str]) -> Iterator[tuple[Identity, SegmentName, int]]:
     """Those of the named files that are the segment that their name says, with their LSN."""
-    for name in names:
+    for entry in names:
         try:
-            with open(open_file(directory / str(name)), "rb") as file:
+            with open(open_file(directory / entry), "rb") as file:
                 found = parse_identity(file.read(LONG_HEADER.size))
         except OSError:
             continue
-        if found is None:
+        name = parse_segment_name(entry)
+        if found is None or name is None:
             continue
         identity, tli, lsn = found
         size = identity.segment_size
