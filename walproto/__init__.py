@@ -32,6 +32,7 @@ producer, bytes.  A module imports only from those above it in this list:
 - :mod:`walproto.wal.headers`: what a page must say of itself
 - :mod:`walproto.wal.plain`: many records, checked at once
 - :mod:`walproto.wal.scan`: walks records, finds the end of WAL
+- :mod:`walproto.wal.cold`: reads that wait for a disk, elsewhere
 - :mod:`walproto.wal.segments`: the files, read
 - :mod:`walproto.wal.incoming`: pages checked as they come in
 - :mod:`walproto.wal.writer`: the files, written

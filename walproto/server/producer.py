@@ -40,6 +40,7 @@ from walproto.server.channels import channel_to
 from walproto.server.turns import Turns
 from walproto.timeline.interfaces import ITimeline
 from walproto.timeline.replicas import Replica
+from walproto.wal.cold import NotInMemory
 from walproto.wire.messages import CopyBothResponse
 from walproto.wire.replication import (
     XLOG_DATA_HEADER,
@@ -226,6 +227,8 @@ class WalProducer:
                 return False
             now = self._clock.seconds()
             message = self._piece.load(tli, start, end, wal_end, postgres_time(now))
+        except NotInMemory:
+            return False
         except ReportedError as error:
             self._listener.failed(error)
             return False

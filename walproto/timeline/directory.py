@@ -14,10 +14,11 @@ there was progress.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.internet.interfaces import IDelayedCall, IReactorThreads, IReactorTime
 from twisted.logger import Logger
 from zope.interface import implementer
 
@@ -32,7 +33,9 @@ from walproto.timeline.replicas import Replicas
 from walproto.timeline.succession import RELIST, Succession
 from walproto.timeline.survey import survey
 from walproto.timeline.tail import Tail
+from walproto.timeline.threads import ReactorThreads, Threads
 from walproto.timeline.watch import DirectoryWatch
+from walproto.wal.cold import NotInMemory
 from walproto.wal.pages import Identity
 from walproto.wal.segments import OpenFiles, Segments, Stamp
 
@@ -51,7 +54,8 @@ class WalDirectory:
 
     ``clock`` is the reactor.  ``received`` is what is being received into the directory, if that
     is so: whoever does it calls :meth:`show` when there is more of it.  ``files`` bounds how many
-    are kept open, together with others that share it.  ``log_prefix`` is what a line in the log
+    are kept open, together with others that share it.  ``threads`` wait for the disk, by default
+    those of the reactor, if it is one that has some.  ``log_prefix`` is what a line in the log
     begins with, in terms of ``log_fields``.
 
     Whoever watches the directory himself does not start it, but calls :meth:`look` all the time.
@@ -67,6 +71,7 @@ class WalDirectory:
         files: OpenFiles | None = None,
         log_prefix: str = "",
         log_fields: Mapping[str, Any] | None = None,
+        threads: Threads | None = None,
     ) -> None:
         self.directory = Path(directory)
         self.replicas = Replicas()
@@ -76,6 +81,10 @@ class WalDirectory:
         self._clock = clock
         self._received = received
         self._files = files
+        if threads is None and IReactorThreads.providedBy(clock):
+            threads = ReactorThreads(clock)
+        self._threads = threads
+        self._is_stopped = False
         self._log_prefix = log_prefix
         self._log_fields = log_fields or {}
         self._watch = DirectoryWatch(self.directory, clock, self._changed, by_inotify=not received)
@@ -104,6 +113,7 @@ class WalDirectory:
         self.look()
 
     def stop(self) -> None:
+        self._is_stopped = True
         self._watch.stop()
         self._observers.stop()
         if self._next_step is not None:
@@ -238,8 +248,11 @@ class WalDirectory:
         self._is_resting = False
         self._watch.resume()
         tail = self._tail or self._find_tail()
-        if tail is None:
-            return
+        if tail is not None:
+            with suppress(NotInMemory):  # it is gone on with when it is
+                self._take_step(tail)
+
+    def _take_step(self, tail: Tail) -> None:
         before = self._tail, self.commit_lsn
         stamp = tail.stamp()
         more = self._advance(tail)
@@ -260,8 +273,9 @@ class WalDirectory:
             progress = self._look_behind(self._tail or tail)
             self._look_beyond_a_gap(self._tail or tail)
         if self._ready and self._proofs.is_busy:
-            more |= self._proofs.advance(STEP)
-            progress = True
+            with suppress(NotInMemory):
+                more |= self._proofs.advance(STEP)
+                progress = True
         if more:
             self.look()
         if progress or self._fence_is_news:
@@ -272,6 +286,20 @@ class WalDirectory:
         """There is more WAL to be had."""
         self._last_progress = self._clock.seconds()
         self._end_changed, self._damage = False, None
+
+    def _load(self, work: Callable[[], None], done: Callable[[], None]) -> None:
+        """Have WAL loaded into memory, and whoever waits for it told."""
+        assert self._threads is not None
+
+        def loaded(result: None) -> None:
+            done()
+            if not self._is_stopped:
+                self.look()
+                self._observers.tell()
+
+        self._threads.run(work).addCallback(loaded).addErrback(
+            lambda failure: self._log.failure("a defect in walproto", failure)
+        )
 
     def _advance(self, tail: Tail) -> bool:
         """Walk on; whether there may be more to walk over at once.  Who receives is told, too."""
@@ -309,10 +337,11 @@ class WalDirectory:
             self._warn("{directory}: {note}", directory=str(self.directory), note=note)
         self.identity = found.identity
         self._first_lsn = found.first_lsn
+        load = None if self._threads is None else self._load
         self._segments = (
-            Segments(self.directory, found.identity, self._files)
+            Segments(self.directory, found.identity, self._files, load)
             if self._received is None
-            else ReceivedSegments(self.directory, found.identity, self._received)
+            else ReceivedSegments(self.directory, found.identity, self._received, load)
         )
         self._succession = Succession(self.directory, self._segments, found.identity, self._clock)
         self._tail = Tail(self._segments, found.identity, found.history, found.last_lsn)

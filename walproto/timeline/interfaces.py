@@ -37,7 +37,10 @@ class ITimeline(Interface):
 
     def read_into(tli: int, lsn: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with WAL of ``tli`` from ``lsn``, no further than ``sendable_to`` said
-        and no further than its segment goes.  Raises a ReportedError if that cannot be read."""
+        and no further than its segment goes.  Raises a ReportedError if that cannot be read.
+
+        This and ``sendable_to`` may raise :class:`~walproto.wal.cold.NotInMemory`, so that nobody
+        waits for a disk; observers are told when to try again."""
 
     def read_history(tli: int) -> bytes:
         """The contents of a timeline's history file; UndefinedFile if there is none."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 from walproto.errors import DataCorrupted
 from walproto.lsn import format_lsn
 from walproto.timeline.history import History
+from walproto.wal.cold import NotInMemory
 from walproto.wal.pages import Identity
 from walproto.wal.scan import Read, Scanner
 from walproto.wal.segments import Segments, Stamp
@@ -33,6 +34,7 @@ class _Walk:
     ) -> None:
         self._new_scanner = lambda lsn: Scanner(identity, history, lsn, read)
         self._scanner = self._new_scanner(start)
+        self._head_scanner: Scanner | None = None
         self._read = read
         self._start = start
         self._segment_end = start + identity.segment_size
@@ -70,17 +72,18 @@ class _Walk:
         return at_end and not self._head_reason and not self._read(self._segment_end, 1)
 
     def _check_head(self) -> None:
-        self.begin = self._start
-        if self._scanner.head is None:
-            return
-        record, end = self._scanner.head
-        if not self._read(record, 1):
-            return  # it begins in a segment that is not here
-        scanner = self._new_scanner(record)
-        while scanner.end < end and scanner.advance(_HEAD_BUDGET):
-            pass
-        if scanner.end < end and self._read(record, 1):  # it may have been removed meanwhile
-            self.begin, self._head_reason = end, scanner.reason
+        """Check the record that the segment begins within; it is gone on with if it is not in
+        memory."""
+        begin = self._start
+        if self._scanner.head is not None:
+            record, end = self._scanner.head
+            if self._read(record, 1):  # else it begins in a segment that is not here
+                scanner = self._head_scanner = self._head_scanner or self._new_scanner(record)
+                while scanner.end < end and scanner.advance(_HEAD_BUDGET):
+                    pass
+                if scanner.end < end and self._read(record, 1):  # may have been removed meanwhile
+                    begin, self._head_reason = end, scanner.reason
+        self.begin = begin
 
 
 class Proofs:
@@ -141,17 +144,25 @@ class Proofs:
 
     def advance(self, budget: int) -> bool:
         """Go on with one of the walks under way over some ``budget`` bytes, the next one the next
-        time; whether any is left."""
-        if self._walking:
-            segno = next(iter(self._walking))
-            walk = self._walking.pop(segno)
-            if walk.advance(budget):
+        time; whether any is left.  Raises NotInMemory if they all wait for the disk."""
+        for segno, walk in list(self._walking.items()):
+            del self._walking[segno]
+            try:
+                more = walk.advance(budget)
+                is_proven = not more and (walk.is_sound or walk.goes_on_elsewhere())
+            except NotInMemory:
                 self._walking[segno] = walk
-            elif walk.is_sound or walk.goes_on_elsewhere():
+                continue
+            if more:
+                self._walking[segno] = walk
+            elif is_proven:
                 self._sound[segno] = walk.stamp
             else:
                 self._damaged[segno] = walk
-        return self.is_busy
+            return self.is_busy
+        if self.is_busy:
+            raise NotInMemory
+        return False
 
     def _begin_walk(self, segno: int) -> None:
         start = segno * self._segment_size

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from walproto.lsn import PAGE_SIZE
+from walproto.wal.cold import Elsewhere
 from walproto.wal.pages import Identity
 from walproto.wal.segments import Segments, Stamp
 
@@ -167,8 +168,14 @@ class Received:
 class ReceivedSegments(Segments):
     """The files of a directory into which ``received`` is written."""
 
-    def __init__(self, directory: Path, identity: Identity, received: Received) -> None:
-        super().__init__(directory, identity)
+    def __init__(
+        self,
+        directory: Path,
+        identity: Identity,
+        received: Received,
+        elsewhere: Elsewhere | None = None,
+    ) -> None:
+        super().__init__(directory, identity, elsewhere=elsewhere)
         self._received = received
         self._segment_size = identity.segment_size
 

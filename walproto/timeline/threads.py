@@ -8,6 +8,7 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 from twisted.internet.defer import Deferred
+from twisted.internet.threads import deferToThreadPool
 from twisted.python.failure import Failure
 
 
@@ -19,6 +20,19 @@ class Threads(Protocol):
 
     def tell(self, what: Callable[..., Any], *arguments: Any) -> None:
         """For ``work`` to have something called in the reactor's thread."""
+
+
+class ReactorThreads:
+    """The threads of the reactor's pool, a few of them, :class:`Threads` for what many wait for."""
+
+    def __init__(self, reactor: Any) -> None:
+        self._reactor = reactor
+
+    def run(self, work: Callable[[], Any]) -> Deferred[Any]:
+        return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), work)
+
+    def tell(self, what: Callable[..., Any], *arguments: Any) -> None:
+        self._reactor.callFromThread(what, *arguments)
 
 
 class OneThread:

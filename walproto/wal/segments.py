@@ -19,13 +19,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from walproto.errors import DataCorrupted, IoError, ReportedError, UndefinedFile
 from walproto.lsn import format_lsn, history_name, segment_name
+from walproto.wal.cold import ColdFile, Elsewhere
 from walproto.wal.pages import LONG_HEADER, Identity, parse_identity
 
-Result = TypeVar("Result")
 Stamp = tuple[int, int, int, int]
 """Device, inode, size in bytes, and time of the last change (ctime, which nobody can set back) in
 nanoseconds."""
@@ -52,12 +51,13 @@ def open_file(path: Path | str) -> int:
 class _OpenSegment:
     """An open file and the name under which it was found."""
 
-    __slots__ = ("_identity", "fd", "path")
+    __slots__ = ("_identity", "file", "is_checked", "path")
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, elsewhere: Elsewhere | None) -> None:
         self.path = path
-        self.fd = open_file(path)
-        status = os.fstat(self.fd)
+        self.is_checked = False
+        self.file = ColdFile(open_file(path), elsewhere)
+        status = os.fstat(self.file.fd)
         self._identity = (status.st_dev, status.st_ino)
 
     def status(self) -> os.stat_result | None:
@@ -73,7 +73,7 @@ class _OpenSegment:
         return status if (status.st_dev, status.st_ino) == self._identity else None
 
     def close(self) -> None:
-        os.close(self.fd)
+        os.close(self.file.fd)
 
 
 class OpenFiles:
@@ -115,13 +115,21 @@ def read_history(directory: Path, tli: int) -> bytes:
 class Segments:
     """Reads the segments of one cluster, whose ``identity`` their first pages must show.
 
-    ``files`` is shared with others, if it is given.
+    ``files`` is shared with others, if it is given.  ``elsewhere`` has done what waits for a disk,
+    if it is given; whoever gives it has those try again that were raised NotInMemory.
     """
 
-    def __init__(self, directory: Path, identity: Identity, files: OpenFiles | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        identity: Identity,
+        files: OpenFiles | None = None,
+        elsewhere: Elsewhere | None = None,
+    ) -> None:
         self.directory = directory
         self._identity = identity
         self._files = files or OpenFiles()
+        self._elsewhere = elsewhere
         self._open: dict[tuple[int, int], _OpenSegment] = {}
 
     def name(self, tli: int, lsn: int) -> str:
@@ -132,21 +140,25 @@ class Segments:
     def read(self, tli: int, lsn: int, size: int) -> bytes:
         """At most ``size`` bytes from ``lsn``, as far as its segment goes; b"" if there is none.
 
-        For looking, not for sending: what is there is not checked, and no error is raised.
+        For looking, not for sending: what is there is not checked, and no error is raised, except
+        for NotInMemory if it is not there yet.
         """
         size = min(size, self._identity.segment_size - lsn % self._identity.segment_size)
+        buffer = bytearray(size)
         try:
-            return self._read(tli, lsn, lambda fd, offset: os.pread(fd, size, offset))
+            count = self._read(tli, lsn, buffer)
         except ReportedError:
             return b""
+        return bytes(memoryview(buffer)[:count])
 
     def read_into(self, tli: int, lsn: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the WAL from ``lsn``, which must lie in one segment.
 
         Raises UndefinedFile if the segment is not there, or no longer; DataCorrupted if the file
-        is too short or another cluster's; IoError if it cannot be read (``WALReadRaiseError``).
+        is too short or another cluster's; IoError if it cannot be read (``WALReadRaiseError``);
+        NotInMemory if it is not there yet.
         """
-        count = self._read(tli, lsn, lambda fd, offset: os.preadv(fd, [buffer], offset))
+        count = self._read(tli, lsn, buffer)
         if count < len(buffer):
             offset = lsn % self._identity.segment_size
             raise DataCorrupted(
@@ -157,7 +169,7 @@ class Segments:
 
     def stamp(self, tli: int, lsn: int) -> Stamp | None:
         """What changes when the segment's file is written to or another takes its place; None if
-        there is no such file."""
+        there is no such file.  Raises NotInMemory if its first page is not there yet."""
         for _ in range(2):
             try:
                 status = self._segment(tli, lsn).status()
@@ -187,13 +199,13 @@ class Segments:
         for key in list(self._open):
             self._forget(*key)
 
-    def _read(self, tli: int, lsn: int, read: Callable[[int, int], Result]) -> Result:
-        """What ``read`` returns, called with the segment's file descriptor and the offset."""
+    def _read(self, tli: int, lsn: int, buffer: bytearray | memoryview) -> int:
+        """Fill ``buffer`` as far as the segment's file goes; how many bytes that are."""
         segno, offset = divmod(lsn, self._identity.segment_size)
         while True:
             segment = self._segment(tli, lsn)
             try:
-                result = read(segment.fd, offset)
+                count = segment.file.read_into(buffer, offset)
             except OSError as error:
                 raise IoError(
                     f"could not read from WAL segment {self.name(tli, lsn)}, offset {offset}: "
@@ -201,7 +213,7 @@ class Segments:
                     log=f"{self._place(tli, lsn)}: {error.strerror}",
                 ) from None
             if segment.status() is not None:
-                return result
+                return count
             self._forget(tli, segno)
 
     def _segment(self, tli: int, lsn: int) -> _OpenSegment:
@@ -210,6 +222,13 @@ class Segments:
         if segment is None:
             segment = self._open[key] = self._open_segment(tli, lsn)
         self._files.use(segment, partial(self._forget, *key))
+        if not segment.is_checked:
+            try:
+                self._check(segment, tli, lsn)
+            except ReportedError:
+                self._forget(*key)
+                raise
+            segment.is_checked = True
         return segment
 
     def _forget(self, tli: int, segno: int) -> None:
@@ -223,7 +242,7 @@ class Segments:
         # The last one for a segment that has got its name just between the first two.
         for path in (complete, partial, complete):
             try:
-                segment = _OpenSegment(str(path))
+                return _OpenSegment(str(path), self._elsewhere)
             except FileNotFoundError:
                 continue
             except OSError as error:
@@ -231,12 +250,6 @@ class Segments:
                     f'could not open file "pg_wal/{path.name}": {error.strerror}',
                     log=f"{self._place(tli, lsn)}: {error.strerror}",
                 ) from None
-            try:
-                self._check(segment, tli, lsn)
-            except BaseException:
-                segment.close()
-                raise
-            return segment
         raise UndefinedFile(
             f"requested WAL segment {name} has already been removed",
             log=f"{self._place(tli, lsn)}: not there: restore it, or clone the client anew",
@@ -244,14 +257,16 @@ class Segments:
 
     def _check(self, segment: _OpenSegment, tli: int, lsn: int) -> None:
         """That the file is the cluster's; what is not WAL at all, the scan finds out."""
+        header = bytearray(LONG_HEADER.size)
         try:
-            found = parse_identity(os.pread(segment.fd, LONG_HEADER.size, 0))
+            count = segment.file.read_into(header, 0)
         except OSError as error:
             raise IoError(
                 f"could not read from WAL segment {self.name(tli, lsn)}, offset 0: "
                 f"{error.strerror}",
                 log=f"{self._place(tli, lsn)}: {error.strerror}",
             ) from None
+        found = parse_identity(bytes(header[:count]))
         if found is None:
             return
         identity, _, _ = found
