@@ -1,8 +1,10 @@
 """WAL that is not in memory, and who waits for it: not the reactor's thread.
 
 A read gets what the kernel's page cache holds, and nothing else (``RWF_NOWAIT``).  If that is not
-all, :class:`NotInMemory` is raised, and a thread reads the megabyte in question and has the kernel
-read some more behind it.  Whoever gave the thread then tells those who wait, and they try again.
+all, :class:`NotInMemory` is raised, and a thread reads the megabyte in question.  Whoever gave the
+thread then tells those who wait, and they try again.  Meanwhile the kernel reads ahead, as it sees
+that the file is read on and on; if it is asked to (``POSIX_FADV_WILLNEED``), it does so in small
+pages, and all that follows takes twice the time.
 
 Where kernel or filesystem cannot tell what is in memory, reads wait for the disk as they always do.
 """
@@ -15,8 +17,6 @@ from contextlib import suppress
 
 CHUNK = 1 << 20
 """Bytes that a thread waits for at a time."""
-AHEAD = 4 << 20
-"""Bytes that the kernel is asked to read from there on: the disk works on while they are used."""
 
 Elsewhere = Callable[[Callable[[], None], Callable[[], None]], None]
 """(work, done): has ``work()`` done in another thread, and then ``done()`` in this one."""
@@ -78,7 +78,6 @@ class ColdFile:
 
         def work() -> None:
             with suppress(OSError):  # whoever reads it finds out
-                os.posix_fadvise(fd, chunk * CHUNK, AHEAD, os.POSIX_FADV_WILLNEED)
                 os.preadv(fd, [_sink], chunk * CHUNK)
             os.close(fd)
 
