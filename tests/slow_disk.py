@@ -1,8 +1,8 @@
 """A disk that takes its time: a page cache that holds what a test says, threads that a test runs.
 
-:class:`PageCache` takes the place of ``os.preadv``.  A read that does not wait (RWF_NOWAIT) gets
-what is in the cache, as the kernel has it; one that waits brings it there, and is remembered if it
-was not done in one of the threads, for then all would have waited.
+:class:`PageCache` takes the place of ``os.preadv`` and ``os.posix_fadvise``.  A read that does not
+wait (RWF_NOWAIT) gets what is in the cache, as the kernel has it; one that waits brings it there,
+and is remembered if it was not done in one of the threads, for then all would have waited.
 """
 
 from __future__ import annotations
@@ -84,6 +84,10 @@ class PageCache:
                 self.waited.append((offset, len(view)))
             self.pages.update(pages)
         return _preadv(fd, [view[:size]], offset)
+
+    def posix_fadvise(self, fd: int, offset: int, size: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_DONTNEED
+        self.pages.difference_update(self.pages_of(fd, offset, size))
 
     def pages_of(self, fd: int, offset: int, size: int) -> list[Page]:
         """The pages that hold this piece of a file."""

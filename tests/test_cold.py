@@ -17,7 +17,9 @@ from twisted.trial.unittest import TestCase
 from tests.slow_disk import NOWAIT, PAGE, Later, PageCache
 from tests.wal_builder import MB, WalBuilder
 from walproto.errors import CannotConnectNow, DataCorrupted, IoError
+from walproto.timeline import directory as directory_module
 from walproto.timeline.directory import WalDirectory
+from walproto.timeline.replicas import Replica
 from walproto.wal.cold import CHUNK, ColdFile, NotInMemory
 
 pytestmark = pytest.mark.skipif(not NOWAIT, reason="here reads always wait for the disk")
@@ -32,6 +34,7 @@ def threads() -> Later:
 def cache(threads: Later, monkeypatch: pytest.MonkeyPatch) -> PageCache:
     cache = PageCache(threads)
     monkeypatch.setattr(os, "preadv", cache.preadv)
+    monkeypatch.setattr(os, "posix_fadvise", cache.posix_fadvise)
     return cache
 
 
@@ -166,6 +169,31 @@ def test_where_nobody_can_tell_it_waits(cold: Cold) -> None:
     assert len(cold.cache.waited) == 2
 
 
+def test_what_had_to_be_loaded_is_given_back_and_nothing_else(cold: Cold) -> None:
+    cold.warm(0, CHUNK)
+    before = set(cold.cache.pages)
+    for chunk in (1, 2):
+        assert cold.read(chunk * CHUNK, 1) is None
+        cold.threads.work()
+    cold.file.give_back(0)
+    cold.file.give_back(1)
+    assert cold.cache.pages - before == set(cold.cache.pages_of(cold.fd, 2 * CHUNK, CHUNK))
+    cold.file.give_back(2)
+    assert cold.cache.pages == before
+
+
+def test_what_others_have_loaded_since_is_not_given_back(cold: Cold) -> None:
+    assert cold.read(0, 1) is None
+    cold.threads.work()
+    cold.file.give_back(0)
+    assert not cold.cache.pages
+    cold.warm(0, CHUNK)
+    before = set(cold.cache.pages)
+    assert cold.read(0, 1) == cold.contents[:1]
+    cold.file.give_back(0)
+    assert cold.cache.pages == before
+
+
 class Reader:
     """Reads all of an archive, as a producer does: on when it is told to."""
 
@@ -209,6 +237,15 @@ class Archive:
 
     def expected(self, start: int) -> bytes:
         return self.wal.image[start - self.wal.start : self.wal.lsn - self.wal.start]
+
+    def in_memory(self) -> list[bool]:
+        """Of which segments there is something in memory."""
+        result = []
+        for path in self.paths:
+            with open(path, "rb") as file:
+                pages = self.cache.pages_of(file.fileno(), 0, MB)
+            result.append(not self.cache.pages.isdisjoint(pages))
+        return result
 
     def work(self, index: int = 0) -> None:
         self.threads.work(index)
@@ -277,6 +314,29 @@ def test_nothing_is_done_while_all_wait(archive: Archive) -> None:
     assert len(told) == before
     archive.work_all()
     assert len(told) > before
+
+
+def test_behind_the_last_client_memory_is_given_back(archive: Archive) -> None:
+    archive.work_all()
+    reader = Reader(archive.directory, MB)
+    reader.go_on()
+    archive.work_all()
+    assert reader.lsn == archive.wal.lsn
+    # What was sent up to the newest segment; that one all who follow want.
+    assert archive.in_memory() == [False, False, False, False, True]
+
+
+@pytest.mark.parametrize("behind", [0, 8, MB, MB + 8])
+def test_but_not_before_one_that_is_near(
+    archive: Archive, behind: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory_module, "NEAR", MB)
+    archive.work_all()
+    other = Replica(1, "postgres", "", "", 1, 5 * MB - behind)
+    archive.directory.replicas.add(other)
+    Reader(archive.directory, 4 * MB).go_on()
+    archive.work_all()
+    assert archive.in_memory()[3:] == [0 < behind <= MB, True]
 
 
 def test_a_record_from_the_segment_before_is_walked_over_without_waiting(archive: Archive) -> None:

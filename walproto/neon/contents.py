@@ -22,6 +22,7 @@ from walproto.neon.directory_id import DirectoryId, directory_id
 from walproto.neon.ids import TimelineIds
 from walproto.timeline.directory import WalDirectory
 from walproto.timeline.history import History
+from walproto.timeline.replicas import Replicas
 from walproto.timeline.survey import survey
 from walproto.wal.pages import Identity
 from walproto.wal.segments import OpenFiles, open_file
@@ -39,7 +40,7 @@ class Contents:
     """What is in ``directory``, which is that of the timeline ``ids``.
 
     ``changed`` is called when there is more WAL, or more of it is proven.  ``files`` bounds how
-    many are kept open.
+    many are kept open.  ``replicas`` are those who stream it.
     """
 
     _log = Logger()
@@ -50,6 +51,7 @@ class Contents:
         ids: TimelineIds,
         clock: IReactorTime,
         files: OpenFiles | None,
+        replicas: Replicas,
         changed: Callable[[], None],
     ) -> None:
         self.control: Control | None = None
@@ -70,6 +72,7 @@ class Contents:
         self._log_fields = {"tenant": ids.tenant_id, "timeline": ids.timeline_id}
         self._clock = clock
         self._files = files
+        self._replicas = replicas
         self._changed = changed
         self._directory_id: DirectoryId | None = None
         self._read: tuple[bytes, Control] | None = None
@@ -218,6 +221,7 @@ class Contents:
             files=self._files,
             log_prefix=LOG_PREFIX,
             log_fields=self._log_fields,
+            replicas=self._replicas,
         )
         self.new_wal.add_observer(self._wal_changed)
         self.new_wal.look()

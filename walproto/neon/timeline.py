@@ -62,7 +62,7 @@ class SafekeeperTimeline:
         self.is_active = False
         self._clock = clock
         self._watch = DirectoryWatch(directory, clock, self.look, inotify=inotify)
-        self._contents = Contents(directory, ids, clock, files, self._wal_changed)
+        self._contents = Contents(directory, ids, clock, files, self.replicas, self._wal_changed)
         self._advanced_to = self._committed = 0
         self._observers: set[Callable[[], None]] = set()
         self._awaiting_opened: list[Deferred[None]] = []

@@ -35,12 +35,15 @@ from walproto.timeline.survey import survey
 from walproto.timeline.tail import Tail
 from walproto.timeline.threads import ReactorThreads, Threads
 from walproto.timeline.watch import DirectoryWatch
-from walproto.wal.cold import NotInMemory
+from walproto.wal.cold import CHUNK, NotInMemory
 from walproto.wal.pages import Identity
 from walproto.wal.segments import OpenFiles, Segments, Stamp
 
 STEP = 256 * 1024
 """Bytes of WAL walked over in one turn of the reactor: a few milliseconds of it."""
+
+NEAR = 64 << 20
+"""Bytes behind old WAL within which a client will soon want that, too."""
 
 PATIENCE = 30.0
 """Seconds without news after which it is looked whether WAL goes on behind a gap."""
@@ -55,8 +58,9 @@ class WalDirectory:
     ``clock`` is the reactor.  ``received`` is what is being received into the directory, if that
     is so: whoever does it calls :meth:`show` when there is more of it.  ``files`` bounds how many
     are kept open, together with others that share it.  ``threads`` wait for the disk, by default
-    those of the reactor, if it is one that has some.  ``log_prefix`` is what a line in the log
-    begins with, in terms of ``log_fields``.
+    those of the reactor, if it is one that has some.  ``replicas`` are those of somebody who serves
+    what is here, if it is not served itself.  ``log_prefix`` is what a line in the log begins with,
+    in terms of ``log_fields``.
 
     Whoever watches the directory himself does not start it, but calls :meth:`look` all the time.
     """
@@ -72,9 +76,10 @@ class WalDirectory:
         log_prefix: str = "",
         log_fields: Mapping[str, Any] | None = None,
         threads: Threads | None = None,
+        replicas: Replicas | None = None,
     ) -> None:
         self.directory = Path(directory)
-        self.replicas = Replicas()
+        self.replicas = Replicas() if replicas is None else replicas
         self.commit_lsn = 0
         self.identity: Identity
         self.history: History
@@ -231,6 +236,14 @@ class WalDirectory:
 
     def read_into(self, tli: int, lsn: int, buffer: memoryview) -> None:
         self._segments.read_into(self._file_tli(lsn), lsn, buffer)
+        if (over := lsn % CHUNK) < len(buffer) and lsn - over <= self._walked_from:
+            self._give_back(lsn - over)
+
+    def _give_back(self, lsn: int) -> None:
+        """Leave memory to what is wanted more than old WAL before ``lsn`` that is sent, unless
+        another client is about to come there."""
+        if not any(lsn - NEAR <= replica.sent_lsn < lsn for replica in self.replicas):
+            self._segments.give_back(self._file_tli(lsn - 1), lsn - 1)
 
     def read_history(self, tli: int) -> bytes:
         return self._segments.read_history(tli)

@@ -6,6 +6,9 @@ thread then tells those who wait, and they try again.  Meanwhile the kernel read
 that the file is read on and on; if it is asked to (``POSIX_FADV_WILLNEED``), it does so in small
 pages, and all that follows takes twice the time.
 
+What had to be loaded for a client is given back behind it, so that it takes no room in memory from
+what others want: above all, the newest WAL.
+
 Where kernel or filesystem cannot tell what is in memory, reads wait for the disk as they always do.
 """
 
@@ -33,7 +36,7 @@ class NotInMemory(Exception):
 class ColdFile:
     """Reads the open file ``fd``, what is not in memory ``elsewhere``; without that, it waits."""
 
-    __slots__ = ("_elsewhere", "_loaded", "_loading", "fd")
+    __slots__ = ("_elsewhere", "_loaded", "_loading", "_ours", "fd")
 
     def __init__(self, fd: int, elsewhere: Elsewhere | None) -> None:
         self.fd = fd
@@ -42,6 +45,8 @@ class ColdFile:
         # What was loaded, and has not been read yet.  If it is not in memory now, it may be that
         # it cannot be read, or that memory is short: a read that waits makes sure of progress.
         self._loaded: set[int] = set()
+        # What was loaded, and has not been given back.
+        self._ours: set[int] = set()
 
     def read_into(self, buffer: bytearray | memoryview, offset: int) -> int:
         """Fill ``buffer`` from ``offset`` on as far as the file goes; how many bytes that are.
@@ -73,6 +78,12 @@ class ColdFile:
             self._load(chunk, self._elsewhere)
         raise NotInMemory
 
+    def give_back(self, chunk: int) -> None:
+        """Nobody needs this chunk: have it in memory no longer, if we had to load it."""
+        if chunk in self._ours:
+            self._ours.discard(chunk)
+            os.posix_fadvise(self.fd, chunk * CHUNK, CHUNK, os.POSIX_FADV_DONTNEED)
+
     def _load(self, chunk: int, elsewhere: Elsewhere) -> None:
         fd = os.dup(self.fd)  # ours may be closed meanwhile
 
@@ -84,6 +95,7 @@ class ColdFile:
         def done() -> None:
             self._loading.discard(chunk)
             self._loaded.add(chunk)
+            self._ours.add(chunk)
 
         self._loading.add(chunk)
         elsewhere(work, done)

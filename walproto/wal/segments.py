@@ -22,7 +22,7 @@ from pathlib import Path
 
 from walproto.errors import DataCorrupted, IoError, ReportedError, UndefinedFile
 from walproto.lsn import format_lsn, history_name, segment_name
-from walproto.wal.cold import ColdFile, Elsewhere
+from walproto.wal.cold import CHUNK, ColdFile, Elsewhere
 from walproto.wal.pages import LONG_HEADER, Identity, parse_identity
 
 Stamp = tuple[int, int, int, int]
@@ -166,6 +166,14 @@ class Segments:
                 f"read {count} of {len(buffer)}",
                 log=f"{self._place(tli, lsn)}: truncated: put back a whole copy",
             )
+
+    def give_back(self, tli: int, lsn: int) -> None:
+        """Nobody needs the chunk of a segment that ``lsn`` is in: if it was not in memory before we
+        had it read, it need not be."""
+        segno, offset = divmod(lsn, self._identity.segment_size)
+        segment = self._open.get((tli, segno))
+        if segment is not None:
+            segment.file.give_back(offset // CHUNK)
 
     def stamp(self, tli: int, lsn: int) -> Stamp | None:
         """What changes when the segment's file is written to or another takes its place; None if
