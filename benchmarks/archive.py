@@ -7,7 +7,7 @@ have a right first page, and all the rest are as long as segments are, but spars
 count by their names, and nobody reads them.  A client asks for the very first segment, and the
 clock runs from the start of the process until the first XLogData has come: Python and its modules
 are loaded, the directory is listed, the last segment walked over to the end of WAL, and the first
-one proven as far as it is sent.
+one proven as far as it is sent.  (Most of the names are links to a few files: that is made faster.)
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ SEGMENT_SIZE = 16 << 20
 RECORD_SIZE = 500
 FIRST, NEWEST = 2, 64
 """How many segments have records at the beginning, and right first pages at the end."""
+LINKS = 10_000
+"""Names of a file: filesystems have a limit, some 65,000."""
 TOO_LONG = 60.0
 """Seconds after which no byte is expected any longer."""
 
@@ -51,11 +53,13 @@ def make_archive(directory: Path, count: int = 100_000) -> tuple[int, int]:
     last = first + (count - 1) * SEGMENT_SIZE
     for number in range(FIRST, count - 1):
         lsn = first + number * SEGMENT_SIZE
-        fd = os.open(directory / _name(lsn), os.O_CREAT | os.O_WRONLY, 0o644)
-        if number >= count - NEWEST:
-            os.pwrite(fd, page_header(lsn, major=18, tli=1, size=SEGMENT_SIZE, system=SYSTEM), 0)
-        os.ftruncate(fd, SEGMENT_SIZE)
-        os.close(fd)
+        path = os.path.join(directory, _name(lsn))
+        is_new = number >= count - NEWEST
+        if is_new or number % LINKS == FIRST:
+            page = page_header(lsn, major=18, tli=1, size=SEGMENT_SIZE, system=SYSTEM)
+            linked = _make_sparse(path, page if is_new else b"")
+        else:
+            os.link(linked, path)
     oldest = WalBuilder(size=SEGMENT_SIZE, start=first)
     oldest.records_to(first + FIRST * SEGMENT_SIZE - PAGE, RECORD_SIZE)
     oldest.write_to(directory)
@@ -63,6 +67,13 @@ def make_archive(directory: Path, count: int = 100_000) -> tuple[int, int]:
     newest.records_to(last + SEGMENT_SIZE * 3 // 4, RECORD_SIZE)
     newest.write_to(directory)
     return first, newest.lsn
+
+
+def _make_sparse(path: str, contents: bytes) -> str:
+    with open(path, "wb") as file:
+        file.write(contents)
+        file.truncate(SEGMENT_SIZE)
+    return path
 
 
 def measure(
