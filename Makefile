@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo test lint types fuzz bench-latency clean
+.PHONY: help venv demo test lint types fuzz bench bench-latency clean
 
 help: ## Tell what can be made (this)
 	@echo "make TARGET, where TARGET is one of"
@@ -30,6 +30,11 @@ types: $(INSTALLED) ## Check the types
 SECONDS := 60
 fuzz: $(INSTALLED) ## Fuzz every decoder and the whole session, each for 60 s (SECONDS=60)
 	@$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+
+bench: $(INSTALLED) ## Measure it beside PostgreSQL's own walsender, which takes ten minutes
+	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || \
+	    $(BIN)/python -m pip install -qq -e '.[bench]'
+	@$(BIN)/python -m benchmarks
 
 bench-latency: $(INSTALLED) ## Measure how long a commit takes through a relay
 	@$(BIN)/python -m benchmarks.commit_latency

@@ -1,7 +1,5 @@
 """How soon a server with a large archive sends its first byte, and how much memory it has by then.
 
-    python -m benchmarks.archive [COUNT]
-
 The archive is made up: its first segments and its last one hold records, the others that are new
 have a right first page, and all the rest are as long as segments are, but sparse, and empty: they
 count by their names, and nobody reads them.  A client asks for the very first segment, and the
@@ -16,16 +14,18 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.bench import Bench, tell
 from benchmarks.client import connect, execute
-from benchmarks.machine import describe
-from tests.postgres import HOST, PROJECT, Process, free_port, workspace
+from benchmarks.figures import AT_MOST, Figure, Goal
+from tests.postgres import HOST, PROJECT, Process, free_port
 from tests.wal_builder import PAGE, SYSTEM, WalBuilder, page_header
 from walproto.lsn import format_lsn
 
+COUNT = 100_000
 SEGMENT_SIZE = 16 << 20
 """Bytes of a segment."""
 RECORD_SIZE = 500
@@ -46,7 +46,19 @@ class Start:
     pss: int  # bytes, then: shared pages count in part
 
 
-def make_archive(directory: Path, count: int = 100_000) -> tuple[int, int]:
+def measure(bench: Bench) -> Iterator[Figure]:
+    """For the table."""
+    directory = bench.space.directory("archive")
+    tell(f"an archive of {COUNT:,} segments")
+    first_lsn, _ = make_archive(directory, COUNT)
+    starts = [start_once(directory, first_lsn) for _ in range(bench.rounds)]
+    what = f"start on an archive of {COUNT:,} segments: to the first byte"
+    yield Figure(what, "s", [one.seconds for one in starts], (), Goal(AT_MOST, 2.0, False))
+    sizes = [one.rss / 1e6 for one in starts]
+    yield Figure("  memory then (RSS)", "MB", sizes, (), Goal(AT_MOST, 100, False))
+
+
+def make_archive(directory: Path, count: int) -> tuple[int, int]:
     """Make an archive of `count` segments in a directory that is there, and empty; the LSNs at
     which its WAL begins and ends."""
     first = SEGMENT_SIZE
@@ -76,7 +88,7 @@ def _make_sparse(path: str, contents: bytes) -> str:
     return path
 
 
-def measure(
+def start_once(
     directory: Path,
     first_lsn: int,
     server: Sequence[str] = (sys.executable, "-m", "twisted", "--log-format=text", "walsender"),
@@ -116,23 +128,3 @@ def _bytes(memory: str, what: str) -> int:
 def _name(lsn: int) -> str:
     segno, per_id = lsn // SEGMENT_SIZE, 0x1_0000_0000 // SEGMENT_SIZE
     return f"{1:08X}{segno // per_id:08X}{segno % per_id:08X}"
-
-
-def main() -> None:
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
-    with workspace() as work:
-        directory = work.directory("archive")
-        print(*describe(directory), sep="\n")
-        begun = time.perf_counter()
-        first_lsn, _ = make_archive(directory, count)
-        print(f"{count} segments, made in {time.perf_counter() - begun:.1f} s")
-        for _ in range(7):
-            start = measure(directory, first_lsn)
-            print(
-                f"first byte after {start.seconds:.2f} s, "
-                f"RSS {start.rss / 1e6:.0f} MB, PSS {start.pss / 1e6:.0f} MB"
-            )
-
-
-if __name__ == "__main__":
-    main()

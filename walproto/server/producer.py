@@ -49,10 +49,12 @@ from walproto.wire.replication import (
     postgres_time,
 )
 
-PIECE_SIZE = 32 * PAGE_SIZE
-"""Bytes of WAL in a message, at most.  PostgreSQL has half of that (MAX_SEND_SIZE)."""
+PIECE_SIZE = 16 * PAGE_SIZE
+"""Bytes of WAL in a message, at most; PostgreSQL's MAX_SEND_SIZE.  With half of that, what a system
+call costs begins to tell; with twice as much, what is read is out of the processor's cache when it
+is sent."""
 
-BURST = 8
+BURST = 16
 """Pieces that a client is sent before it is others' turn."""
 
 _HEADER_SIZE = XLOG_DATA_HEADER.size

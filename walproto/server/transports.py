@@ -18,7 +18,7 @@ from twisted.python.failure import Failure
 from walproto.access.peer import Peer, Tls
 from walproto.server.lent_socket import LentSocket
 
-UNIX_SEND_BUFFER = 4 << 20
+UNIX_SEND_BUFFER = 1 << 20
 """Bytes that may be under way to a client on a Unix socket; the system may allow less."""
 
 
