@@ -1,4 +1,7 @@
-"""A thousand clients that have nothing to do, for a minute."""
+"""A thousand clients that have nothing to do, for a minute.
+
+They tell that they are there, each every ten seconds, as standbys do.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ def measure(bench: Bench) -> Iterator[Figure]:
         ours.ready()
         bench.sink.connect((HOST, ours.port), CLIENTS)
         bench.sink.start(primary.lsn())
-        bench.sink.follow()
+        bench.sink.live()
         pids = with_children(ours.pid)
         shares, sizes = [], []
         for number in range(WINDOWS):

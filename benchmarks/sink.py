@@ -23,6 +23,7 @@ import struct
 import subprocess
 import sys
 import time
+from itertools import cycle
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,6 +31,9 @@ ROOM = bytearray(1 << 20)
 """Where discarded bytes would go if the kernel copied them."""
 
 GREETING = {"user": "postgres", "replication": "true", "application_name": "sink"}
+STATUS_INTERVAL = 10.0
+"""Seconds, PostgreSQL's wal_receiver_status_interval."""
+STATUS_UPDATE = b"d" + struct.pack("!IcQQQQB", 38, b"r", 1, 1, 0, 0, 0)
 SSL_REQUEST = struct.pack("!II", 8, 80877103)
 
 
@@ -74,6 +78,10 @@ class Connection:
         if not size:
             raise ConnectionError("the server has closed the connection")
         self.received += size
+
+    def report(self) -> None:
+        """Send a status update that confirms nothing."""
+        self._send(STATUS_UPDATE)
 
     def read(self) -> None:
         """Take what is there, message by message, and note when which WAL has come."""
@@ -193,6 +201,19 @@ class Clients:
                     return self.count()
                 self._by_fd[fd].discard()
 
+    def live(self) -> dict[str, float]:
+        """As `follow`, and tell the server so, each client every ten seconds, as standbys do."""
+        in_turn = cycle(self._connections)
+        next_report, pause = time.monotonic(), STATUS_INTERVAL / len(self._connections)
+        while True:
+            for fd, _ in self._epoll.poll(max(next_report - time.monotonic(), 0)):
+                if not fd:
+                    return self.count()
+                self._by_fd[fd].discard()
+            if time.monotonic() >= next_report:
+                next_report += pause
+                next(in_turn).report()
+
     def listen(self) -> dict[str, Any]:
         """Read until there is something else to do."""
         while True:
@@ -257,6 +278,10 @@ class Sink:
     def follow(self) -> None:
         """Go on discarding while this process does something else."""
         self._tell("follow")
+
+    def live(self) -> None:
+        """As `follow`, with a status update of each client every ten seconds."""
+        self._tell("live")
 
     def unfollow(self) -> tuple[int, int]:
         """Take back `follow`; the bytes received since `start`, by all, and by who has least."""

@@ -1,10 +1,11 @@
 """Who is told that a timeline has more WAL, and how often.
 
 With a hundred clients that follow, each commit is a hundred system calls, of which one that sends
-ten commits costs hardly more than one that sends a single one.  So when telling all of them took
-long, the next news waits: for so many times as long, and ten milliseconds at most.  Then the
-clients have at most a small share of a processor, however small and many the commits are.  What
-comes after a pause is told at once, and with few clients so is everything.
+ten commits costs hardly more than one that sends a single one.  So when many have been told, the
+next news waits: for a tenth of a millisecond for each of them, some twenty times what telling them
+took, and ten milliseconds at most.  Then the clients have but a small share of a processor, however
+small and many the commits are.  What comes after a pause is told at once, and with a few clients so
+is everything.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from collections.abc import Callable
 
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
-REST = 20
-"""How many times as long as the telling took nothing is told."""
+REST = 0.0001
+"""Seconds, for each that is told, before the next news is."""
 LONGEST = 0.010
 """Seconds that news waits, at most."""
 SHORTEST = 0.001
@@ -40,7 +41,7 @@ class Observers:
     def rest(self) -> float:
         """Seconds until news would be told."""
         rest = self._not_before - self._clock.seconds()
-        return rest if rest >= SHORTEST else 0.0
+        return rest if rest > 0 else 0.0
 
     def tell(self) -> None:
         """There is news: tell it now, or when it is time for that."""
@@ -59,8 +60,8 @@ class Observers:
 
     def _tell(self) -> None:
         self._waiting = None
-        begun = self._clock.seconds()
+        rest = min(len(self._observers) * REST, LONGEST)
         for observer in list(self._observers):
             observer()
-        end = self._clock.seconds()
-        self._not_before = end + min((end - begun) * REST, LONGEST)
+        if rest >= SHORTEST:
+            self._not_before = self._clock.seconds() + rest
