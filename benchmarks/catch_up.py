@@ -45,13 +45,13 @@ class Server:
         self._bench, self._start, self._pids = bench, start, pids
 
     def send(self, address: tuple[str, int] | str, tls: bool = False, clients: int = 1) -> Cost:
-        """Send WAL to so many clients at the same time."""
-        sink, total = self._bench.sink, SIZE * clients / 1e9
+        """Send all the WAL, to so many clients at the same time a part each."""
+        sink, total, part = self._bench.sink, SIZE / 1e9, SIZE // clients
         sink.connect(address, clients, tls)
         cpu = CpuTime(self._pids())
         begun = time.perf_counter()
-        sink.start(lsn_of(self._start))
-        sink.discard(SIZE)
+        sink.start(*(lsn_of(self._start + number * part) for number in range(clients)))
+        sink.discard(part)
         seconds = time.perf_counter() - begun
         spent = cpu.spent()
         sink.close()
@@ -101,10 +101,30 @@ def _measure_bare(
             return
         segments = sorted(primary.wal_dir.glob("0" * 7 + "1*"))[1:]
         floor = [_floor(bench, segments) for _ in range(rounds)]
+        yield from _measure_workers(bench, primary, start, server, ours)
         yield Figure("  floor: a bare loop, loopback", "GB/s", [one for one, _ in floor])
         yield Figure("  floor: its CPU", "s/GB", [cost for _, cost in floor])
         yield Figure("  the first pass, which proves WAL", "GB/s", [first])
         yield Figure("  its CPU", "s/GB", [first_cost])
+
+
+def _measure_workers(
+    bench: Bench, primary: Cluster, start: int, alone: Server, ours: WalSender
+) -> Iterator[Figure]:
+    """What a second core is good for."""
+    with WalSender(primary.wal_dir, "--workers", "2", "--wal-sender-timeout", "0") as helped:
+        helped.expect("workers send WAL")
+        server = Server(bench, start, lambda: with_children(helped.pid))
+        server.send((HOST, helped.port), clients=2)
+        two, one = alternate(
+            bench.rounds,
+            lambda: server.send((HOST, helped.port), clients=2),
+            lambda: alone.send((HOST, ours.port), clients=2),
+        )
+    what = "two clients catching up, --workers 2 against one process of ours"
+    speed, cost = _figures(what, [two, one])
+    yield Figure(speed.what, speed.unit, speed.ours, speed.theirs)
+    yield Figure(cost.what, cost.unit, cost.ours, cost.theirs)
 
 
 def _measure_tls(bench: Bench, installation: Installation) -> Iterator[Figure]:

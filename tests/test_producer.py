@@ -39,7 +39,8 @@ from tests.fakes import (
 )
 from walproto.errors import ReportedError, UndefinedFile
 from walproto.lsn import format_lsn
-from walproto.server.producer import BURST, PIECE_SIZE, Piece, WalProducer
+from walproto.server.channels import PIECE_SIZE, UNIX_PIECE_SIZE
+from walproto.server.producer import BURST, Piece, WalProducer
 from walproto.server.turns import Turns
 from walproto.timeline.replicas import Replica
 
@@ -409,6 +410,8 @@ class Whatever(SynchronousTestCase):
 class FakeSocket:
     """Takes so many bytes with each send, over and over; with 0 it would block."""
 
+    family = socket.AF_INET
+
     def __init__(self, takes: list[int], transport: BareTransport) -> None:
         self.takes = takes
         self.transport = transport
@@ -486,6 +489,18 @@ class PastTheTransport(SynchronousTestCase):
             sending.producer.send_keepalive(False)
             clock.advance(0)
         self.assertEqual(sending.replica.sent_lsn, timeline.commit_lsn)
+
+    def test_through_a_unix_socket_less_is_sent_at_a_time(self) -> None:
+        clock, timeline = Clock(), MemoryTimeline(2 * PIECE_SIZE)
+        for family, most in ((socket.AF_INET, PIECE_SIZE), (socket.AF_UNIX, UNIX_PIECE_SIZE)):
+            transport = BareTransport([PIECE_SIZE * 2])
+            transport.fake_socket.family = family
+            sending = Sending(timeline, clock, transport=transport)
+            transport.drain()
+            clock.advance(0)
+            sizes = {len(wal) for wal in wal_of(bytes(transport.arrived)).values()}
+            self.assertEqual(sizes, {most})
+            self.assertEqual(sending.wal, timeline.wal)
 
     @settings(max_examples=50, deadline=None)
     @given(

@@ -35,8 +35,7 @@ from tests.wires import Server, Wire
 from walproto.access.tls import ServerTls
 from walproto.errors import UndefinedFile
 from walproto.lsn import format_lsn
-from walproto.server.channels import BareChannel, PlainChannel, TlsChannel, channel_to
-from walproto.server.producer import PIECE_SIZE
+from walproto.server.channels import PIECE_SIZE, BareChannel, PlainChannel, TlsChannel, channel_to
 
 SIZE = 12 * PIECE_SIZE + 88
 """Bytes of WAL: more than the small buffers hold for a client that does not read."""

@@ -24,7 +24,15 @@ from typing import Any, Protocol
 
 from twisted.internet import tcp
 
+from walproto.lsn import PAGE_SIZE
 from walproto.server.transports import bare_socket
+
+PIECE_SIZE = 32 * PAGE_SIZE
+"""Bytes of WAL in a message, at most: twice as many as PostgreSQL has (MAX_SEND_SIZE), so that what
+a system call costs does not tell."""
+UNIX_PIECE_SIZE = 16 * PAGE_SIZE
+"""The same on a Unix socket, where the client is given what was read when it is still in the
+processor's cache, if it is no more than this."""
 
 _MARGIN = 4096
 """More than TLS adds to a message: some 30 bytes for each 16 kB."""
@@ -32,6 +40,10 @@ _MARGIN = 4096
 
 class Channel(Protocol):
     """The way to a client, for its transport's producer alone, as long as that is registered."""
+
+    @property
+    def piece_size(self) -> int:
+        """How much WAL is best sent at a time: bytes, a multiple of the page size."""
 
     def write(self, data: bytes) -> None:
         """Send what comes behind all that the transport was given so far."""
@@ -54,6 +66,8 @@ def channel_to(transport: Any) -> Channel:
 class PlainChannel:
     """The transport's own way."""
 
+    piece_size = PIECE_SIZE
+
     def __init__(self, transport: Any) -> None:
         self._transport = transport
 
@@ -70,6 +84,7 @@ class BareChannel:
     def __init__(self, transport: tcp.Connection, bare: socket.socket) -> None:
         self._transport = transport
         self._socket = bare
+        self.piece_size = UNIX_PIECE_SIZE if bare.family == socket.AF_UNIX else PIECE_SIZE
 
     def write(self, data: bytes) -> None:
         self._transport.write(data)
@@ -83,6 +98,8 @@ class BareChannel:
 
 class TlsChannel:
     """To OpenSSL, and what that makes of it, to the socket."""
+
+    piece_size = PIECE_SIZE
 
     def __init__(self, transport: tcp.Connection) -> None:
         self._transport = transport

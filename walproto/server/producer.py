@@ -36,7 +36,7 @@ from zope.interface import implementer
 
 from walproto.errors import ReportedError
 from walproto.lsn import PAGE_SIZE
-from walproto.server.channels import channel_to
+from walproto.server.channels import PIECE_SIZE, channel_to
 from walproto.server.turns import Turns
 from walproto.timeline.interfaces import ITimeline
 from walproto.timeline.replicas import Replica
@@ -49,12 +49,7 @@ from walproto.wire.replication import (
     postgres_time,
 )
 
-PIECE_SIZE = 16 * PAGE_SIZE
-"""Bytes of WAL in a message, at most; PostgreSQL's MAX_SEND_SIZE.  With half of that, what a system
-call costs begins to tell; with twice as much, what is read is out of the processor's cache when it
-is sent."""
-
-BURST = 16
+BURST = 8
 """Pieces that a client is sent before it is others' turn."""
 
 _HEADER_SIZE = XLOG_DATA_HEADER.size
@@ -247,5 +242,5 @@ class WalProducer:
         for only there may a record be split."""
         segment_size = self._timeline.identity.segment_size
         end = min(end, start - start % segment_size + segment_size)
-        furthest = start + PIECE_SIZE
+        furthest = start + self._channel.piece_size
         return end if end <= furthest else furthest - furthest % PAGE_SIZE
