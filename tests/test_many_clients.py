@@ -59,11 +59,15 @@ def streaming_standby(space: Workspace, primary: Cluster, sender: WalSender) -> 
     return standby
 
 
-def test_nobody_is_held_up_by_anybody(space: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nobody_is_held_up_by_anybody(
+    space: Workspace, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     installation = installations()[0]
     primary = space.cluster(installation, "primary").init(wal_segsize_mb=1).start()
     primary.pgbench("-i", "-s", "1")
-    options = ("--wal-sender-timeout", f"{TIMEOUT}s", "--max-wal-senders", "300")
+    options = ["--wal-sender-timeout", f"{TIMEOUT}s", "--max-wal-senders", "300"]
+    options += ["--workers", str(workers)]
     sender = space.add(WalSender(primary.wal_dir, *options))
     sender.ready()
     standby = streaming_standby(space, primary, sender)
@@ -118,7 +122,8 @@ def test_nobody_is_held_up_by_anybody(space: Workspace, capsys: pytest.CaptureFi
     each = (most - before) // (len(clients) + 1)
     with capsys.disabled():
         print(
-            f"\n{len(clients) + 2} clients, {streamed / 1e6:.0f} MB to each: the walsender took"
+            f"\n{len(clients) + 2} clients, {streamed / 1e6:.0f} MB to each: the walsender"
+            f"{' with workers' if workers else ''} took"
             f" {before / 1e6:.0f} MB before and {most / 1e6:.0f} MB at the most,"
             f" {each / 1000:.0f} kB for each of them"
         )
