@@ -37,14 +37,16 @@ from tests.upstream_fakes import HeldThreads
 from walproto.access.authentication import IAuthenticator, Trust
 from walproto.access.guard import Guard
 from walproto.errors import UndefinedFile
+from walproto.server.channels import PIECE_SIZE
 from walproto.timeline.slots import Slots
 
 CLIENTS = 3
 """How many there are at a time, at most."""
-MOST_WAITING = CAPACITY + 4 * PAGE + 65536
+MOST_WAITING = CAPACITY + 4 * PAGE + PIECE_SIZE
 """Bytes that may wait there all the same: one more piece of WAL, or of an answer."""
-MOST_HELD = 6 * 65536 + 65536
-"""Bytes that may be kept for a connection: some reads of the transport, and a piece of WAL."""
+MOST_HELD = 6 * 65536 + 2 * PIECE_SIZE + 65536
+"""Bytes that may be kept for a connection: some reads of the transport, and a piece of WAL with a
+view of it."""
 SECONDS = (0.0, 0.0, 0.01, 1.0, 6.0, 29.0, 31.0, 61.0, 3600.0)
 VERSIONS = ("18.0", "13.1", "15.4", "17.2")
 
