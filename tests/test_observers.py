@@ -71,6 +71,15 @@ def test_no_rest_is_longer_than_the_bound() -> None:
     assert crowd.wait(LONGEST * 1.01) == 1
 
 
+def test_nor_if_the_clock_is_set_back() -> None:
+    crowd = Crowd(MANY)
+    assert crowd.tell() == 1
+    crowd.clock.rightNow -= 3600
+    assert crowd.observers.rest == LONGEST
+    assert crowd.tell() == 0
+    assert crowd.wait(LONGEST * 1.01) == 1
+
+
 @pytest.mark.parametrize("count", [1, MANY])
 def test_who_has_left_is_told_nothing(count: int) -> None:
     crowd = Crowd(count)

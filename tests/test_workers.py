@@ -225,6 +225,25 @@ def test_an_archive_and_what_comes(source: Source) -> None:
     served.stop()
 
 
+def test_an_archive_that_is_not_in_memory(source: Source) -> None:
+    """As far as the kernel does what it is asked to: forget what is on disk."""
+    archive = source.space.directory("cold")
+    for path in sorted(source.archive.iterdir()):
+        shutil.copy(path, archive)
+    served = source.serve(archive, "--workers", "1")
+    for path in archive.iterdir():
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+    end = end_of(archive)
+    with Raw(served.sender.port) as client:
+        client.stream(source.start)
+        client.read(lambda line: line.endswith(f"-{int_to_lsn(end)}"))
+        assert client.wal == wal_in(archive, source.start, end)
+    served.stop()
+
+
 def test_a_relay(source: Source) -> None:
     space, primary = source.space, source.primary
     options = ("--workers", "2", "--upstream-start", int_to_lsn(source.start))

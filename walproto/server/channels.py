@@ -35,7 +35,8 @@ UNIX_PIECE_SIZE = 16 * PAGE_SIZE
 processor's cache, if it is no more than this."""
 
 _MARGIN = 4096
-"""More than TLS adds to a message: some 30 bytes for each 16 kB."""
+"""With a quarter it is more than TLS adds to a message: some 30 bytes for each record, which may
+have no more than 512, if a client asks for that."""
 
 
 class Channel(Protocol):
@@ -125,7 +126,7 @@ class TlsChannel:
             # OpenSSL has to hear the client first, or it is over.  Twisted finds out.
             self.write(bytes(message))
             return
-        encrypted = self._connection.bio_read(len(message) + _MARGIN)
+        encrypted = self._connection.bio_read(len(message) * 5 // 4 + _MARGIN)
         sent = _send(self._socket, encrypted)
         if sent < len(encrypted):
             self._layer.transport.write(encrypted[sent:])

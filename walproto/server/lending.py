@@ -1,8 +1,8 @@
 """What a connection needs so that another process may send its WAL.
 
 Whoever sends has the stream to itself: while the socket is lent, nothing is written to it here.
-Taking it back takes a moment, for a message that was begun there has to be completed first; until
-then what is to be done with the transport waits in an :class:`Outlet`, in order.
+Taking it back takes a moment, for what is left of a message that was begun there has to be sent
+first; until then what is to be done with the transport waits in an :class:`Outlet`, in order.
 """
 
 from __future__ import annotations

@@ -308,7 +308,8 @@ class WalDirectory:
             done()
             if not self._is_stopped:
                 self.look()
-                self._observers.tell()
+                if self._ready:
+                    self._observers.tell()
 
         self._threads.run(work).addCallback(loaded).addErrback(
             lambda failure: self._log.failure("a defect in walproto", failure)
@@ -474,7 +475,12 @@ class WalDirectory:
             return
         if not found or found.history != tail.history or found.last_lsn <= tail.position:
             return
-        if self._segments.read(tail.history.tli, found.last_lsn, 1):  # it may not be seen yet
+        try:
+            is_there = self._segments.read(tail.history.tli, found.last_lsn, 1)
+        except NotInMemory:  # it is looked at again when it is
+            self._gap_stamp, self._last_progress = None, now - PATIENCE
+            raise
+        if is_there:  # it may not be seen yet
             self._newer = Tail(self._segments, self.identity, tail.history, found.last_lsn)
             self._warn(
                 "{path}, LSN {lsn}: WAL ends here, and goes on at {further}: going on from there",

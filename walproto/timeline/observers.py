@@ -41,7 +41,7 @@ class Observers:
     def rest(self) -> float:
         """Seconds until news would be told."""
         rest = self._not_before - self._clock.seconds()
-        return rest if rest > 0 else 0.0
+        return min(max(rest, 0.0), LONGEST)  # the clock may be set back
 
     def tell(self) -> None:
         """There is news: tell it now, or when it is time for that."""

@@ -231,8 +231,8 @@ class Store:
     def _done(self, problem: OSError | None) -> None:
         writer = self._writer
         assert writer is not None
-        self._is_working = False
         self._written(writer.lsn)
+        self._is_working = False
         for segment_end, stamp in writer.completed:
             self._received.complete(writer.tli, segment_end, stamp)
         writer.completed.clear()

@@ -17,6 +17,7 @@ from zope.interface import implementer
 
 from walproto.errors import ReportedError
 from walproto.server.producer import Listener
+from walproto.wal.cold import NotInMemory
 from walproto.workers import control
 
 numbers = itertools.count(1)
@@ -153,9 +154,10 @@ class Announcements:
         return control.News(self.number, history, since, end, has_trouble)
 
     def _sendable_to(self, lsn: int) -> int:
-        """How far the current timeline can be sent from there; 0 if there is anything wrong."""
+        """How far the current timeline can be sent from there; 0 if there is anything wrong, or it
+        is not known yet."""
         try:
             to: int = self.timeline.sendable_to(self.timeline.history.tli, lsn)
-        except ReportedError:
+        except (ReportedError, NotInMemory):
             return 0
         return to

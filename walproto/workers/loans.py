@@ -17,6 +17,7 @@ from walproto.server.lending import Outlet
 from walproto.server.producer import Listener
 from walproto.server.transports import bare_socket
 from walproto.timeline.replicas import Replica
+from walproto.wal.cold import NotInMemory
 from walproto.wire.messages import CopyBothResponse
 from walproto.workers import control
 from walproto.workers.announcements import Announcements, Worker, numbers
@@ -122,6 +123,14 @@ class Loan:
             self._outlet.let_go()
         if self._is_over:
             return  # it was said before the stream was recalled
+        try:
+            self._deal_with(message)
+        except ReportedError as error:
+            self.listener.failed(error)
+        except Exception:
+            self.listener.broken()
+
+    def _deal_with(self, message: Any) -> None:
         match message:
             case control.Ask():
                 self.sent(message.lsn)
@@ -139,10 +148,7 @@ class Loan:
             case control.Failed():
                 self.listener.failed(message.error)
             case control.Broken():
-                try:
-                    raise RuntimeError(f"in a worker:\n{message.traceback}")
-                except RuntimeError:
-                    self.listener.broken()
+                raise RuntimeError(f"in a worker:\n{message.traceback}")
 
     def sent(self, lsn: int) -> None:
         """WAL is sent up to there."""
@@ -160,11 +166,13 @@ class Loan:
 
     def look_again(self) -> None:
         """If the worker has asked how far it may send, answer, as soon as there is an answer."""
-        if self._asked is None:
+        if self._asked is None or self._is_over:
             return
         asked = self._asked
         try:
             to = self._timeline.sendable_to(self._replica.tli, asked)
+        except NotInMemory:
+            return  # the timeline tells when to look again
         except ReportedError as error:
             self.listener.failed(error)
         except Exception:

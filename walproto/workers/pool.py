@@ -55,13 +55,17 @@ class Process(Worker):
             self._handles.setblocking(False)
             fds = theirs.fileno(), their_handles.fileno()
             path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-            self._popen = subprocess.Popen(
-                [sys.executable, "-P", "-m", MODULE, *map(str, fds)],
-                env=os.environ | {"PYTHONPATH": path},
-                stdin=subprocess.DEVNULL,
-                pass_fds=fds,
-                process_group=0,
-            )
+            try:
+                self._popen = subprocess.Popen(
+                    [sys.executable, "-P", "-m", MODULE, *map(str, fds)],
+                    env=os.environ | {"PYTHONPATH": path},
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=fds,
+                    process_group=0,
+                )
+            except OSError:
+                self._handles.close()
+                raise
             ours.setblocking(False)
             reactor.adoptStreamConnection(
                 ours.fileno(), socket.AF_UNIX, control.OneChannel(self._channel)
@@ -183,4 +187,14 @@ class Workers:
 
         process.gone().addCallback(gone)
         self._restarts = [each for each in self._restarts if each.active()]
-        self._restarts.append(self._reactor.callLater(PAUSE, self._start_one))
+        self._start_later()
+
+    def _start_later(self) -> None:
+        self._restarts.append(self._reactor.callLater(PAUSE, self._restart))
+
+    def _restart(self) -> None:
+        try:
+            self._start_one()
+        except OSError as error:
+            self._log.error("cannot start a worker process: {error}", error=str(error))
+            self._start_later()

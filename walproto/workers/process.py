@@ -8,6 +8,7 @@ what ends a service, signals, is for the main process, which takes its connectio
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import sys
@@ -22,6 +23,7 @@ from walproto.server.lent_socket import LentSocket
 from walproto.server.producer import WalProducer
 from walproto.server.turns import Turns
 from walproto.timeline.replicas import Replica
+from walproto.timeline.threads import ReactorThreads
 from walproto.wal.segments import OpenFiles
 from walproto.workers import control
 from walproto.workers.view import StreamView, View
@@ -128,7 +130,7 @@ class Worker:
                 self._streams[message.stream].producer.finish()
             case control.Open():
                 self._views[message.timeline] = View(
-                    message.directory, message.identity, self._files
+                    message.directory, message.identity, self._files, ReactorThreads(self.reactor)
                 )
                 if not self._removals.running:
                     self._removals.start(REMOVAL_PERIOD)
@@ -158,6 +160,8 @@ def main(channel: int, sockets: int) -> None:
     """Work until the main process is gone."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # the main process bounds the clients
     from twisted.internet import reactor as running_reactor
 
     reactor: Any = running_reactor

@@ -16,6 +16,7 @@ from walproto.server.producer import Piece
 from walproto.timeline.history import History
 from walproto.timeline.interfaces import ITimeline
 from walproto.timeline.replicas import Replicas
+from walproto.timeline.threads import Threads
 from walproto.wal.pages import Identity
 from walproto.wal.segments import OpenFiles, Segments
 from walproto.workers.control import News
@@ -23,9 +24,12 @@ from walproto.workers.control import News
 
 @implementer(ITimeline)
 class View:
-    """The timeline whose WAL is in ``directory``, as far as there are :meth:`news` of it."""
+    """The timeline whose WAL is in ``directory``, as far as there are :meth:`news` of it.
+    ``threads`` wait for the disk."""
 
-    def __init__(self, directory: str, identity: Identity, files: OpenFiles) -> None:
+    def __init__(
+        self, directory: str, identity: Identity, files: OpenFiles, threads: Threads
+    ) -> None:
         self.identity = identity
         self.history = History(0)
         self.commit_lsn = 0
@@ -33,15 +37,28 @@ class View:
         self.piece = Piece(self)
         self._since = 0
         self._has_trouble = False
-        self._segments = Segments(Path(directory), identity, files)
+        self._threads = threads
+        self._segments = Segments(Path(directory), identity, files, self._load)
         self._observers: set[Callable[[], None]] = set()
 
     def tell(self, news: News) -> None:
         """There is news."""
         self.history, self.commit_lsn = news.history, news.commit_lsn
         self._since, self._has_trouble = news.since, news.has_trouble
+        self._tell()
+
+    def _tell(self) -> None:
         for observer in list(self._observers):
             observer()
+
+    def _load(self, work: Callable[[], None], done: Callable[[], None]) -> None:
+        """Have WAL loaded into memory, and the streams told."""
+
+        def loaded(result: None) -> None:
+            done()
+            self._tell()
+
+        self._threads.run(work).addCallback(loaded)
 
     def is_known(self, tli: int, lsn: int) -> bool:
         """Whether it is known how far WAL of ``tli`` may be sent from ``lsn``."""
