@@ -267,10 +267,10 @@ def test_how_many_workers_there_are(tmp_path: Path) -> None:
     assert taken(tmp_path)["workers"] == 0
     for text, count in {"0": 0, "1": 1, "64": 64}.items():
         assert taken(tmp_path, f"--workers={text}")["workers"] == count
-    for text, bound in {"65": 64, "": 262143, "-1": 262143, "two": 262143}.items():
+    for text in ("65", "", "-1", "two"):
         assert refused("--wal-dir", tmp_path, f"--workers={text}") == (
             f'--workers: invalid value for parameter "workers": "{text}" '
-            f"(It must be a number from 0 to {bound}.)"
+            "(It must be a number from 0 to 64.)"
         )
 
 

@@ -88,13 +88,12 @@ def _authentication_timeout(name: str, text: str) -> float:
 
 def _workers(name: str, text: str) -> int:
     """As :func:`_count`, but 64 at most."""
-    count = _count(name, text)
-    if count > 64:
+    if not re.fullmatch("[0-9]{1,2}", text) or int(text) > 64:
         raise InvalidParameterValue(
             f'invalid value for parameter "{name}": "{text}"',
             hint="It must be a number from 0 to 64.",
         )
-    return count
+    return int(text)
 
 
 _VALUES: dict[str, Callable[[str, str], Any]] = {
@@ -199,7 +198,7 @@ class Options(UsageOptions):
             None,
             "0",
             "Have so many other processes send WAL to clients without TLS, to use as many cores; "
-            "one for each core but one is enough.",
+            "one less than there are cores is enough.",
         ],
         [
             "server-version",

@@ -60,6 +60,13 @@ class Worker:
         else:
             announcements.tell(self)
 
+    def catch_up(self, announcements: Announcements) -> None:
+        """Have it told the news that it is owed, whether it listens or not: what it is told next
+        rests on it."""
+        if announcements in self._owed:
+            self._owed.remove(announcements)
+            announcements.tell(self)
+
     def pauseProducing(self) -> None:
         """Much is waiting that it has not heard yet."""
         self._is_blocked = True
@@ -106,13 +113,15 @@ class Announcements:
     def announce_to(self, worker: Worker) -> None:
         """A stream is about to be lent to this worker.  Raises a ReportedError if the timeline
         cannot be read."""
-        if self._told is None:
-            self._told = self._news()
+        self._look()  # what was proven may have been changed since it was told
         if not self._workers[worker]:
             timeline = self.timeline
             worker.say(control.Open(self.number, str(timeline.directory), timeline.identity))
-            worker.say(self._told)
-        self._workers[worker] += 1
+            self._workers[worker] += 1
+            self.tell(worker)
+        else:
+            self._workers[worker] += 1
+            worker.catch_up(self)
 
     def gone(self, worker: Worker) -> None:
         """The worker no longer has it."""
@@ -124,7 +133,7 @@ class Announcements:
     def _changed(self) -> None:
         streams = list(self._streams)
         try:
-            news = self._news()
+            self._look()
         except ReportedError as error:
             for stream in streams:
                 stream.listener.failed(error)
@@ -132,12 +141,16 @@ class Announcements:
             for stream in streams:
                 stream.listener.broken()
         else:
-            if news != self._told:
-                self._told = news
-                for worker in list(self._workers):
-                    worker.announce(self)
             for stream in streams:
                 stream.look_again()
+
+    def _look(self) -> None:
+        """Have the workers told if there is news."""
+        news = self._news()
+        if news != self._told:
+            self._told = news
+            for worker in list(self._workers):
+                worker.announce(self)
 
     def _news(self) -> control.News:
         timeline, told = self.timeline, self._told

@@ -23,7 +23,6 @@ from walproto.server.lent_socket import LentSocket
 from walproto.server.producer import WalProducer
 from walproto.server.turns import Turns
 from walproto.timeline.replicas import Replica
-from walproto.timeline.threads import ReactorThreads
 from walproto.wal.segments import OpenFiles
 from walproto.workers import control
 from walproto.workers.view import StreamView, View
@@ -130,7 +129,7 @@ class Worker:
                 self._streams[message.stream].producer.finish()
             case control.Open():
                 self._views[message.timeline] = View(
-                    message.directory, message.identity, self._files, ReactorThreads(self.reactor)
+                    message.directory, message.identity, self._files, self.reactor
                 )
                 if not self._removals.running:
                     self._removals.start(REMOVAL_PERIOD)

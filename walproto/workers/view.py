@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from zope.interface import implementer
 
@@ -15,8 +16,9 @@ from walproto.errors import InternalError
 from walproto.server.producer import Piece
 from walproto.timeline.history import History
 from walproto.timeline.interfaces import ITimeline
+from walproto.timeline.observers import Observers
 from walproto.timeline.replicas import Replicas
-from walproto.timeline.threads import Threads
+from walproto.timeline.threads import ReactorThreads
 from walproto.wal.pages import Identity
 from walproto.wal.segments import OpenFiles, Segments
 from walproto.workers.control import News
@@ -25,11 +27,9 @@ from walproto.workers.control import News
 @implementer(ITimeline)
 class View:
     """The timeline whose WAL is in ``directory``, as far as there are :meth:`news` of it.
-    ``threads`` wait for the disk."""
+    ``reactor`` has threads that wait for the disk."""
 
-    def __init__(
-        self, directory: str, identity: Identity, files: OpenFiles, threads: Threads
-    ) -> None:
+    def __init__(self, directory: str, identity: Identity, files: OpenFiles, reactor: Any) -> None:
         self.identity = identity
         self.history = History(0)
         self.commit_lsn = 0
@@ -37,26 +37,22 @@ class View:
         self.piece = Piece(self)
         self._since = 0
         self._has_trouble = False
-        self._threads = threads
+        self._threads = ReactorThreads(reactor)
         self._segments = Segments(Path(directory), identity, files, self._load)
-        self._observers: set[Callable[[], None]] = set()
+        self._observers = Observers(reactor)
 
     def tell(self, news: News) -> None:
         """There is news."""
         self.history, self.commit_lsn = news.history, news.commit_lsn
         self._since, self._has_trouble = news.since, news.has_trouble
-        self._tell()
-
-    def _tell(self) -> None:
-        for observer in list(self._observers):
-            observer()
+        self._observers.tell()
 
     def _load(self, work: Callable[[], None], done: Callable[[], None]) -> None:
         """Have WAL loaded into memory, and the streams told."""
 
         def loaded(result: None) -> None:
             done()
-            self._tell()
+            self._observers.tell()
 
         self._threads.run(work).addCallback(loaded)
 
@@ -72,6 +68,7 @@ class View:
         self._segments.close_removed()
 
     def close(self) -> None:
+        self._observers.stop()
         self._segments.close()
 
     # --- ITimeline -------------------------------------------------------------------------
@@ -101,7 +98,7 @@ class View:
         self._observers.add(observer)
 
     def remove_observer(self, observer: Callable[[], None]) -> None:
-        self._observers.discard(observer)
+        self._observers.remove(observer)
 
 
 @implementer(ITimeline)
