@@ -40,7 +40,7 @@ class Follow:
     sent: float  # GB to all clients together
     cpu: float  # seconds
     wal_rate: float  # MB/s, as the slowest client received it
-    memory: float  # bytes a client
+    memory: float  # bytes a client, of theirs
     latency: float  # milliseconds
     rate: float  # transactions per second
 
@@ -55,7 +55,6 @@ class Side:
 
     def __init__(self, bench: Bench, primary: Cluster, ours: WalSender | None = None) -> None:
         self._bench, self._primary, self._ours = bench, primary, ours
-        self._alone = 0 if ours is None else memory(with_children(ours.pid))
 
     def follow(self, clients: int, *load: str | Path) -> Follow:
         """Have clients follow while pgbench makes this load."""
@@ -72,7 +71,7 @@ class Side:
         cpu, begun = CpuTime(pids), time.perf_counter()
         told = primary.pgbench("-n", *map(str, load))
         spent, seconds = cpu.spent(), time.perf_counter() - begun
-        used = memory(pids if ours is None else with_children(ours.pid)) - self._alone
+        used = memory(pids)
         received, least = sink.unfollow()
         sink.close()
         primary.wait_until("(SELECT count(*) FROM pg_stat_replication) <= 1")
@@ -97,18 +96,15 @@ def measure(bench: Bench) -> Iterator[Figure]:
     primary.sql("CREATE TABLE load (x bytea); ALTER TABLE load ALTER x SET STORAGE external")
     script = bench.file("insert.sql", INSERT)
     many = ("--max-wal-senders", "1200", "--wal-sender-timeout", "0")
-    # One for a hundred and one for a thousand: memory that was in use once stays with a process.
-    readers = [bench.space.add(WalSender(primary.wal_dir, *many)) for _ in range(2)]
-    for reader in readers:
-        reader.ready()
-    theirs = Side(bench, primary)
-    ours, ours_for_more = (Side(bench, primary, reader) for reader in readers)
+    reader = bench.space.add(WalSender(primary.wal_dir, *many))
+    reader.ready()
+    theirs, ours = Side(bench, primary), Side(bench, primary, reader)
     steady = ("-c", "2", "-R", str(ROWS), "-T", str(SECONDS), "-f", script)
     hundred, their_hundred, thousand = alternate(
         bench.rounds,
         lambda: ours.follow(100, *steady),
         lambda: theirs.follow(100, *steady),
-        lambda: ours_for_more.follow(1000, *steady),
+        lambda: ours.follow(1000, *steady),
     )
     yield Figure(
         "100 caught-up clients, 4 MB/s of WAL: CPU",
@@ -116,12 +112,9 @@ def measure(bench: Bench) -> Iterator[Figure]:
         *_each(hundred, their_hundred, "cost"),
         goal=Goal(AT_MOST, 0.2),
     )
-    yield Figure(
-        "  memory per client (PSS)",
-        "kB",
-        *_each(hundred, their_hundred, "memory", 1e3),
-        goal=Goal(AT_MOST, 0.05),
-    )
+    sizes = [_memory_per_client(bench, primary, script) / 1e3 for _ in range(bench.rounds)]
+    their_sizes = [one.memory / 1e3 for one in their_hundred]
+    yield Figure("  memory per client (PSS)", "kB", sizes, their_sizes, Goal(AT_MOST, 0.05))
     yield Figure("  WAL received by each", "MB/s", *_each(hundred, their_hundred, "wal_rate"))
     yield Figure(
         "1,000 of them, against our 100: CPU",
@@ -135,10 +128,25 @@ def measure(bench: Bench) -> Iterator[Figure]:
         "MB/s",
         *_each(thousand[:1], [theirs.follow(1000, *steady)], "wal_rate"),
     )
-    for reader in readers:
-        reader.stop()
+    reader.stop()
     yield from _measure_relay(bench, primary, theirs)
     primary.stop()
+
+
+def _memory_per_client(bench: Bench, primary: Cluster, script: Path) -> float:
+    """What a hundred clients add to a process that has had none before, in bytes for each."""
+    tell("memory of 100 clients")
+    with WalSender(primary.wal_dir, "--max-wal-senders", "1200") as fresh:
+        fresh.ready()
+        alone = memory(with_children(fresh.pid))
+        bench.sink.connect((HOST, fresh.port), 100)
+        bench.sink.start(primary.lsn())
+        bench.sink.follow()
+        primary.pgbench("-n", "-c", "2", "-R", str(ROWS), "-T", "1", "-f", str(script))
+        used = memory(with_children(fresh.pid)) - alone
+        bench.sink.unfollow()
+        bench.sink.close()
+    return used / 100
 
 
 def _measure_relay(bench: Bench, primary: Cluster, theirs: Side) -> Iterator[Figure]:

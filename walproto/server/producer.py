@@ -49,7 +49,7 @@ from walproto.wire.replication import (
     postgres_time,
 )
 
-BURST = 8
+BURST = 4
 """Pieces that a client is sent before it is others' turn."""
 
 _HEADER_SIZE = XLOG_DATA_HEADER.size
