@@ -36,7 +36,7 @@ def draw(figures: Sequence[Figure], machine: Sequence[str], path: Path) -> None:
     axes.set_xscale("log")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel("walproto / PostgreSQL (arrow: the goal, and the side to be on)")
-    axes.set_title("\n".join(machine), fontsize=8, loc="left")
+    chart.suptitle("\n".join(machine), fontsize=8, x=0.01, ha="left")
     chart.savefig(path, dpi=110)
 
 
