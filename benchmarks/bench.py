@@ -62,8 +62,8 @@ class Bench:
 
 
 def make_wal(primary: Cluster, size: int) -> tuple[int, int]:
-    """Make at least `size` bytes of WAL as pgbench makes it: the load of its tables, then a
-    million updates' worth of small records; where it begins, on a segment, and where it ends."""
+    """Make at least `size` bytes of WAL with pgbench: the load of its tables, then updates, many
+    in a transaction and few; where it begins, on a segment, and where it ends."""
     start = lsn_to_int(primary.switch_wal())
     primary.pgbench("-i", "-s", "20", "-q")
     script = primary.directory / "update.sql"
